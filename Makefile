@@ -1,0 +1,31 @@
+# Every target makes what it needs. Only Python 3.10+, make and a package index are required.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help test demo lint types clean
+help:            ## this list
+	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | sort
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+test: $(STAMP)   ## unit, contract and integration tests on an own server
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: $(STAMP)   ## the queue page: no cache, plain cache, memolock (ARGS="--users 1000")
+	$(BIN)/celery-memolock demo $(ARGS)
+
+lint: $(STAMP)   ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy strict and pyright
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+clean:           ## remove what the targets made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

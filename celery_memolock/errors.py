@@ -1,0 +1,106 @@
+"""Everything celery_memolock raises of its own accord, under one root."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArgumentError",
+    "ConfigurationError",
+    "DecodeError",
+    "DispatchError",
+    "EncodeError",
+    "FlightFailed",
+    "MemoLockError",
+    "OptionError",
+    "ReentrantFlight",
+    "RemoteTraceback",
+    "StoreUnavailable",
+    "TaskFailed",
+    "ValueTooLarge",
+    "WaitTimeout",
+]
+
+
+class MemoLockError(Exception):
+    """The root: `except MemoLockError` catches whatever the library itself raises."""
+
+
+class ConfigurationError(MemoLockError):
+    """The library cannot work as set up: no Redis named, no Celery app found, or several to choose from."""
+
+
+class OptionError(ConfigurationError, ValueError):
+    """An option is unknown, missing or has a value that makes no sense; the message names it."""
+
+
+class ArgumentError(MemoLockError, TypeError):
+    """An argument of a call cannot become part of a key; the message names the argument and the cure."""
+
+
+class StoreUnavailable(MemoLockError, ConnectionError):
+    """Redis cannot be reached, or refused the command; the message names its address without the password."""
+
+
+class DispatchError(MemoLockError):
+    """The task's message could not be handed to the broker in time.
+
+    Everybody who waited for that flight gets this error, and the key is free again at once.
+    """
+
+
+class WaitTimeout(MemoLockError, TimeoutError):
+    """No outcome came within `wait_timeout`; the message says in which state the flight was and for how long.
+
+    The flight itself goes on: only this caller stopped waiting.
+    """
+
+
+class EncodeError(MemoLockError, TypeError):
+    """A value cannot be serialised with the task's serializer."""
+
+
+class ValueTooLarge(MemoLockError, ValueError):
+    """A value, encoded or decompressed, exceeds `max_value_size`."""
+
+
+class DecodeError(MemoLockError, ValueError):
+    """A stored entry cannot be read: garbage, an unknown format, or a content type that is not accepted."""
+
+
+class ReentrantFlight(MemoLockError, RuntimeError):
+    """A task asked, while computing a key, for that very key (directly or through others)."""
+
+
+class FlightFailed(MemoLockError):
+    """A flight ended without a value and without an exception of the task itself.
+
+    It was ignored or rejected by the task, is not registered on the worker, was revoked, or crashed its
+    workers too often. The message says which.
+    """
+
+
+class TaskFailed(MemoLockError):
+    """The task raised an exception that cannot be rebuilt safely in this process.
+
+    Attributes:
+        type_name: the exception's qualified name in the worker, such as ``"shop.errors:NoStock"``.
+        message: its text.
+    """
+
+    def __init__(self, type_name: str, message: str) -> None:
+        super().__init__(type_name, message)
+        self.type_name = type_name
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.message}"
+
+
+class RemoteTraceback(Exception):
+    """The worker's traceback as text: the `__cause__` of an exception that was raised in a worker."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"\n{self.text}"

@@ -1,0 +1,207 @@
+"""From a call to its Redis keys.
+
+Two calls share a key when they would run the task with the same arguments: `f(1)`, `f(x=1)` and a filled in
+default are one key. Values of different types never are: `1`, `1.0`, `True` and `"1"` are four keys.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from hashlib import blake2b
+from inspect import Parameter, Signature
+from typing import Any
+from uuid import UUID
+
+from .errors import ArgumentError, OptionError
+from .options import Options
+
+__all__ = ["FORMAT", "KeyMaker", "Keys", "inbox_channel"]
+
+#: The version of everything stored under our names. A new one makes all older names invisible.
+FORMAT = "1"
+
+_LONGEST_READABLE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The Redis names that belong to one key. They share one hash tag, hence one cluster slot."""
+
+    entry: str
+
+    @classmethod
+    def of(cls, prefix: str, tag: str) -> Keys:
+        """Name the keys of `tag`, which holds no braces."""
+        return cls(f"{prefix}:{FORMAT}:e:{{{tag}}}")
+
+    @property
+    def tag(self) -> str:
+        """What is unique about this key: ``task:version:fingerprint``."""
+        return self.entry[self.entry.index("{") + 1 : -1]
+
+    @property
+    def all(self) -> tuple[str, str, str, str]:
+        """The entry, the flight, the error record and the runs that are alive: KEYS of every script."""
+        head, tail = self.entry.split(":e:{", 1)
+        return self.entry, f"{head}:f:{{{tail}", f"{head}:x:{{{tail}", f"{head}:r:{{{tail}"
+
+
+def inbox_channel(prefix: str, inbox: str) -> str:
+    """Name the pub/sub channel of one process."""
+    return f"{prefix}:{FORMAT}:i:{inbox}"
+
+
+class KeyMaker:
+    """Makes the keys of one task's calls.
+
+    Args:
+        task: the task's name, the first part of every tag.
+        signature: what the task takes (without `self`).
+        options: `key`, `ignore`, `prefix` and `version` are read.
+        check: called with a call's arguments when they do not fit; it may raise the `TypeError` that the
+            call itself would raise.
+
+    Raises:
+        OptionError: `key` or `ignore` names something that is no argument of the task.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        signature: Signature,
+        options: Options,
+        check: Callable[..., object] | None = None,
+    ) -> None:
+        if set(task) & set("{}"):
+            raise OptionError(f"task name {task!r} has braces, which mark the hash tag of a Redis key")
+        self._task = task
+        self._head = f"{task}:{options.version}:"
+        self._signature = signature
+        self._options = options
+        self._check = check
+        names = signature.parameters
+        for name in options.ignore:
+            if name not in names:
+                raise OptionError(
+                    f"memolock option ignore names {name!r}, which task {task!r} does not take; "
+                    f"it takes: {', '.join(names) or 'nothing'}"
+                )
+        if isinstance(options.key, str):
+            _check_template(task, options.key, names)
+
+    def keys(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Keys:
+        """Return the keys of a call.
+
+        Raises:
+            TypeError: the arguments do not fit the task.
+            ArgumentError: an argument cannot become part of a key.
+        """
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            if self._check is not None:
+                self._check(*args, **kwargs)
+            raise TypeError(f"{self._task}() {error}") from None
+        bound.apply_defaults()
+        key = self._options.key
+        if key is None:
+            fingerprint = self._fingerprint(bound.arguments)
+        else:
+            fingerprint = self._custom(key.format(**bound.arguments) if isinstance(key, str) else key(*args, **kwargs))
+        return Keys.of(self._options.prefix, self._head + fingerprint)
+
+    def _fingerprint(self, arguments: Mapping[str, Any]) -> str:
+        parts: list[str] = []
+        for name, value in arguments.items():
+            if name in self._options.ignore:
+                continue
+            parts.append(name)
+            try:
+                _encode(value, parts)
+            except _Unencodable as error:
+                raise ArgumentError(
+                    f"argument {name!r} of task {self._task!r} cannot become part of a key: {error}. "
+                    f"Pass plain data, leave it out with ignore=({name!r},), or say how with key="
+                ) from None
+        return _digest("".join(parts))
+
+    def _custom(self, key: object) -> str:
+        if not isinstance(key, str) or not key:
+            raise ArgumentError(f"key= of task {self._task!r} gave {key!r}; it must give a text that is not empty")
+        if set(key) & set("{}"):
+            raise ArgumentError(f"key= of task {self._task!r} gave {key!r}; braces are refused, they mark the hash tag")
+        return key if len(key) <= _LONGEST_READABLE else _digest(key)
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _check_template(task: str, template: str, names: Mapping[str, Parameter]) -> None:
+    try:
+        wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise OptionError(f"memolock option key={template!r} of task {task!r}: {error}") from None
+    for name in wanted:
+        root = name.split(".")[0].split("[")[0]
+        if root not in names:
+            raise OptionError(f"memolock option key={template!r} names {root!r}, which task {task!r} does not take")
+    if not wanted:
+        raise OptionError(f"memolock option key={template!r} of task {task!r} names no argument: one key for all calls")
+
+
+class _Unencodable(Exception):
+    pass
+
+
+def _encode(value: Any, out: list[str]) -> None:
+    """Append a text that differs for every two values that differ, in type or in content.
+
+    Every part carries its length or its end, so that no two lists of parts read the same.
+    """
+    if value is None:
+        out.append("n;")
+    elif value is True:
+        out.append("t;")
+    elif value is False:
+        out.append("f;")
+    elif isinstance(value, Enum):
+        out.append(f"E{type(value).__module__}.{type(value).__qualname__}.{value.name};")
+    elif isinstance(value, str):
+        out.append(f"s{len(value)}:{value}")
+    elif isinstance(value, int):
+        out.append(f"i{int(value)};")
+    elif isinstance(value, float):
+        out.append(f"d{float(value)!r};")
+    elif isinstance(value, bytes | bytearray | memoryview):
+        out.append(f"b{bytes(value).hex()};")
+    elif isinstance(value, list | tuple):
+        # One key for both: JSON hands either to the task as a list.
+        out.append(f"l{len(value)}:")
+        for item in value:
+            _encode(item, out)
+    elif isinstance(value, Mapping):
+        out.append(f"m{len(value)}:")
+        out.extend(sorted(_encoded(key) + _encoded(item) for key, item in value.items()))
+    elif isinstance(value, set | frozenset):
+        out.append(f"S{len(value)}:")
+        out.extend(sorted(_encoded(item) for item in value))
+    elif isinstance(value, datetime | date | time):
+        out.append(f"{type(value).__name__}{value.isoformat()};")
+    elif isinstance(value, timedelta):
+        out.append(f"D{value.days},{value.seconds},{value.microseconds};")
+    elif isinstance(value, Decimal | UUID):
+        out.append(f"{type(value).__name__}{value};")
+    else:
+        raise _Unencodable(f"a {type(value).__module__}.{type(value).__qualname__} has no canonical form")
+
+
+def _encoded(value: Any) -> str:
+    out: list[str] = []
+    _encode(value, out)
+    return "".join(out)

@@ -1,0 +1,65 @@
+-- A worker holds a flight's message and asks whether to run it.
+--
+-- ARGV  1 fence        in the message
+--       2 nonce        of this claim; a repeat gets the same answer
+--       3 holder       who asks: host, process, child
+--       4 lease        ms
+--       5 retries      of the message
+--       6 redelivered  "1" if the broker says so
+--       7 overlap      at most so many runs of the key are alive at once
+--       8 crashes      at most so many before the flight fails
+--       9 park         how long an outcome is parked, ms
+--      10 form, 11 body of the error for too many crashes
+--
+-- Returns {"RUN", fence, attempt}
+--         {"DEFER", ms}      ask again after that
+--         {"SKIP", reason}   the message is not needed
+local message_fence, nonce, holder = ARGV[1], ARGV[2], ARGV[3]
+local lease_ms, retries, redelivered = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6] == '1'
+
+local flight = redis.call('HMGET', FLIGHT, 'fence', 'state', 'attempt', 'retries', 'claim')
+local fence, state, attempt = flight[1], flight[2], tonumber(flight[3])
+if not fence then
+  return {'SKIP', 'the flight is over'}
+end
+if state == 'R' and flight[5] == nonce then
+  return {'RUN', fence, attempt}
+end
+
+if fence ~= message_fence then
+  -- An older message may do the work of the current flight, or take-overs under a backlog would move it to the
+  -- tail of the queue for ever.
+  if state == 'R' or fence_time(message_fence) > fence_time(fence) then
+    return {'SKIP', 'another flight took over'}
+  end
+elseif retries < tonumber(flight[4]) then
+  return {'SKIP', 'an old copy from before a retry'}
+elseif state == 'R' and retries == tonumber(flight[4]) then
+  local left = lease_left(FLIGHT)
+  if left > 0 then
+    if redelivered then
+      return {'DEFER', left}
+    end
+    return {'SKIP', 'a duplicate: it runs already'}
+  end
+  if crashed(tonumber(ARGV[8]), ARGV[10], ARGV[11], tonumber(ARGV[9])) then
+    return {'SKIP', 'it killed too many workers'}
+  end
+end
+
+redis.call('ZREMRANGEBYSCORE', RUNS, '-inf', int(now))
+if redis.call('ZCARD', RUNS) >= tonumber(ARGV[7]) then
+  local first = redis.call('ZRANGE', RUNS, 0, 0, 'WITHSCORES')
+  local defer_ms = math.max(1, math.ceil((tonumber(first[2]) - now) / 1000))
+  set_state('Q')
+  set_lease(FLIGHT, math.max(lease_left(FLIGHT), defer_ms + lease_ms))
+  return {'DEFER', defer_ms}
+end
+
+attempt = attempt + 1
+set_state('R')
+redis.call('HSET', FLIGHT, 'attempt', attempt, 'retries', retries, 'claim', nonce, 'holder', holder,
+  'started', int(now), 'takeovers', 0)
+set_lease(FLIGHT, lease_ms)
+run_alive(fence, attempt, lease_ms)
+return {'RUN', fence, attempt}

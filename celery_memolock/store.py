@@ -1,0 +1,267 @@
+"""One Redis or Valkey server as this process uses it: connections, scripts, the inbox and the heartbeat."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
+from urllib.parse import parse_qs, urlsplit, urlunsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError
+from redis.retry import Retry
+
+from .errors import ConfigurationError, StoreUnavailable
+from .inbox import Inbox
+from .keys import Keys
+from .protocol import Hold, Renew, Run, Script
+from .wire import arguments, reply, script_of
+
+__all__ = ["Store"]
+
+logger = logging.getLogger("celery_memolock")
+T = TypeVar("T")
+
+#: What a connection is made with unless the URL or the given client says otherwise. A second attempt is safe: every
+#: script that changes something gives a repeated call the same answer.
+CONNECTION: Final[dict[str, Any]] = {"socket_connect_timeout": 2.0, "socket_timeout": 5.0}
+
+
+class Store:
+    """A server, its connections, and what listens and beats over them in this process.
+
+    Safe to use from many threads, and after a fork: the child gets an inbox and connections of its own.
+
+    Args:
+        client: a client to take the connection settings from. Its own pool stays untouched.
+        prefix: the first part of the name of the process's channel.
+    """
+
+    def __init__(self, client: redis.Redis, prefix: str) -> None:
+        self._client: Any = _own_client(client)  # Any: half of the client is untyped
+        self._prefix = prefix
+        self.address = _address(self._client)
+        self._begin()
+        _stores.add(self)
+
+    @classmethod
+    def from_url(cls, url: str, prefix: str) -> Store:
+        """Use the server that a URL names: redis://, rediss://, unix:// or kombu's redis+socket://.
+
+        Time-outs and other settings of the client may be given in the query, such as ``?socket_timeout=2``.
+
+        Raises:
+            ConfigurationError: the URL cannot be used.
+        """
+        try:
+            return cls(redis.Redis.from_url(_plain_url(url)), prefix)
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(f"memolock_redis_url cannot be used: {error}") from None
+
+    @property
+    def inbox(self) -> Inbox:
+        """What this process listens with."""
+        return self._inbox
+
+    def get(self, keys: Keys) -> bytes | None:
+        """Read the entry."""
+        return self._guard(lambda: self._client.execute_command("GET", keys.entry))  # type: ignore[no-any-return]
+
+    def run(self, effect: Script) -> Any:
+        """Run an effect's script and return its reply.
+
+        Raises:
+            StoreUnavailable: the server cannot be reached, or refused.
+        """
+        source = script_of(effect)
+        rest = (4, *effect.keys.all, *arguments(effect, self._inbox.channel))
+
+        def call() -> Any:
+            try:
+                return self._client.execute_command("EVALSHA", source.sha, *rest)
+            except NoScriptError:
+                return self._client.execute_command("EVAL", source.text, *rest)
+
+        return reply(effect, self._guard(call))
+
+    def run_all(self, effects: Sequence[Script]) -> list[Any]:
+        """Run scripts in one round trip → their replies, or `StoreUnavailable` in the place of one that failed.
+
+        Raises:
+            StoreUnavailable: the server cannot be reached.
+        """
+
+        def call() -> list[Any]:
+            with self._client.pipeline(transaction=False) as pipeline:
+                for effect in effects:
+                    source = script_of(effect)
+                    rest = (4, *effect.keys.all, *arguments(effect, self._inbox.channel))
+                    pipeline.execute_command("EVALSHA", source.sha, *rest)
+                return list(pipeline.execute(raise_on_error=False))
+
+        replies: list[Any] = []
+        for effect, raw in zip(effects, self._guard(call), strict=True):
+            try:
+                replies.append(self.run(effect) if isinstance(raw, Exception) else reply(effect, raw))
+            except StoreUnavailable as error:
+                replies.append(error)
+        return replies
+
+    def listen(self) -> None:
+        """Return when notices to this process can arrive.
+
+        Raises:
+            StoreUnavailable: the subscription was not acknowledged in time.
+        """
+        kwargs = self._client.connection_pool.connection_kwargs
+        patience = (kwargs.get("socket_connect_timeout") or 2.0) + (kwargs.get("socket_timeout") or 5.0)
+        if not self._inbox.listen(patience):
+            raise StoreUnavailable(f"Redis at {self.address} did not acknowledge a subscription in {patience:g} s")
+
+    def hold(self, hold: Hold) -> None:
+        """Renew the lease of a run until `release`."""
+        self._heart.hold(hold)
+
+    def release(self, run: Run) -> None:
+        """Renew the lease of a run no more."""
+        self._heart.release(run)
+
+    def close(self) -> None:
+        """Stop the listener and close all connections."""
+        self._inbox.close()
+        self._heart.close()
+        self._client.connection_pool.disconnect()
+        _stores.discard(self)
+
+    def _begin(self) -> None:
+        self._inbox = Inbox(self._client, self._prefix)
+        self._heart = _Heart(self)
+
+    def _after_fork(self) -> None:
+        # Threads do not survive a fork, locks may be held for ever, and the channel is the parent's. The
+        # connection pool notices by itself.
+        self._inbox.abandon()
+        self._begin()
+
+    def _guard(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except redis.TimeoutError as error:
+            raise StoreUnavailable(f"Redis at {self.address} did not answer in time: {error}") from error
+        except redis.AuthenticationError as error:
+            raise StoreUnavailable(f"Redis at {self.address} refused the log-in: {error}") from error
+        except (redis.ConnectionError, OSError) as error:
+            raise StoreUnavailable(f"Redis at {self.address} cannot be reached: {error}") from error
+        except redis.RedisError as error:
+            raise StoreUnavailable(f"Redis at {self.address} refused a command: {error}") from error
+
+
+class _Heart:
+    """Renews the leases of this process's runs: one thread for all of them, from the first run on."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = weakref.ref(store)
+        self._changed = threading.Condition()
+        self._holds: dict[Run, tuple[Hold, float, float]] = {}  # with the next and the last time to renew
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def hold(self, hold: Hold) -> None:
+        now = time.monotonic()
+        with self._changed:
+            self._holds[hold.run] = (hold, now + hold.lease / 3, now + hold.max_run)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._beat, name="memolock-heart", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def release(self, run: Run) -> None:
+        with self._changed:
+            self._holds.pop(run, None)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _beat(self) -> None:
+        while True:
+            with self._changed:
+                if self._closed:
+                    return
+                now = time.monotonic()
+                due = [hold for hold, at, _ in self._holds.values() if at <= now]
+                if not due:
+                    soonest = min((at for _, at, _ in self._holds.values()), default=None)
+                    self._changed.wait(None if soonest is None else soonest - now)
+                    continue
+            lost = self._renew(due)
+            now = time.monotonic()
+            with self._changed:
+                for hold in due:
+                    if hold.run in self._holds:
+                        last = self._holds[hold.run][2]
+                        if hold.run in lost or now >= last:
+                            del self._holds[hold.run]
+                        else:
+                            self._holds[hold.run] = (hold, now + hold.lease / 3, last)
+
+    def _renew(self, due: list[Hold]) -> set[Run]:
+        """Renew some leases → the runs that lost theirs for good."""
+        store = self._store()
+        if store is None:
+            return {hold.run for hold in due}
+        try:
+            answers = store.run_all([Renew(hold.keys, hold.run, hold.lease) for hold in due])
+        except StoreUnavailable as error:
+            # Until somebody takes over, the next renewal revives the lease.
+            logger.warning("memolock could not renew %d leases: %s", len(due), error)
+            return set()
+        return {hold.run for hold, answer in zip(due, answers, strict=True) if answer == "LOST"}
+
+
+_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def _renew_stores() -> None:
+    for store in list(_stores):
+        store._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_stores)
+
+
+def _own_client(client: redis.Redis) -> redis.Redis:
+    pool = client.connection_pool
+    kwargs = {**CONNECTION, **{k: v for k, v in pool.connection_kwargs.items() if v is not None}}
+    kwargs.update(decode_responses=False, retry=Retry(NoBackoff(), 1), retry_on_error=[redis.ConnectionError])
+    return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **kwargs))
+
+
+def _address(client: Any) -> str:
+    """Say where a client connects to, without user name or password."""
+    kwargs = client.connection_pool.connection_kwargs
+    if "path" in kwargs:
+        return f"unix://{kwargs['path']}"
+    return f"redis://{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}/{kwargs.get('db') or 0}"
+
+
+def _plain_url(url: str) -> str:
+    """Turn kombu's and Celery's spellings of a Redis URL into the client's."""
+    parts = urlsplit(url.split(";")[0])
+    query = parse_qs(parts.query)
+    if parts.scheme in ("redis+socket", "socket"):
+        db = (query.get("virtual_host") or query.get("db") or ["0"])[0].strip("/")
+        return urlunsplit(("unix", parts.netloc, parts.path, f"db={db}", ""))
+    if "ssl_cert_reqs" in query:
+        wanted = query["ssl_cert_reqs"][0]
+        return url.replace(wanted, wanted.removeprefix("CERT_").lower())
+    return urlunsplit(parts)
