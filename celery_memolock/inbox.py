@@ -65,7 +65,7 @@ class Inbox:
         """Stop listening, for good."""
         self._closed = True
         self._ring_listener()
-        if self._thread is not None:
+        if self._thread not in (None, threading.current_thread()):
             self._thread.join()
         self.abandon()
 

@@ -109,7 +109,7 @@ class Call:
     """One call of one task, as the core sees it.
 
     Attributes:
-        inline: the value is computed in this very caller if nobody has begun to compute it.
+        inline: asked on a miss: is the value to be computed in this very caller if nobody has begun to?
         chain: the entries that are being computed where the call was made, outermost first.
         overrides: the options that this call set, which its flight takes along.
     """
@@ -118,7 +118,7 @@ class Call:
     keys: Keys
     options: Options
     codec: Codec
-    inline: bool = False
+    inline: Callable[[], bool] = bool
     chain: tuple[str, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
@@ -126,6 +126,11 @@ class Call:
     def park(self) -> float:
         """How long, in seconds, an outcome is kept for waiters that cannot read it from the entry."""
         return max(30.0, 3 * self.options.max_poll_interval)
+
+    @property
+    def fleeting(self) -> bool:
+        """Whether a value may be gone before a waiter whose notice got lost looks by itself."""
+        return self.options.ttl < self.options.max_poll_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +275,7 @@ class Settle(Script):
     outcome: Packed
     ttl: float
     park: float
+    fleeting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +287,7 @@ class Put(Script):
     outcome: Packed
     ttl: float
     park: float
+    fleeting: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +310,9 @@ class Leave(Script):
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """Return when the inbox of this process is subscribed (and its subscription acknowledged)."""
+    """Return when the inbox of this process is subscribed, and the server has acknowledged that."""
+
+    timeout: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,9 +432,9 @@ def fetch(call: Call, rooms: Rooms, clock: Callable[[], float]) -> Core[Any]:
             yield Unreadable(error)
             seen = _fence(raw)
 
-    yield Listen()
     began = clock()
     deadline = began + call.options.wait_timeout
+    yield Listen(call.options.wait_timeout)
     seat: Seat = yield TakeSeat()
     rooms.enter(call.keys.entry, seat)
     place: Place | None = None
@@ -482,7 +491,7 @@ def invalidate(call: Call) -> Core[bool]:
 
 def put(call: Call, value: Any) -> Core[None]:
     """Store a value from outside; a running flight's waiters get it, and its late outcome is refused."""
-    yield Put(call.keys, new_nonce(), call.codec.pack(value), call.options.ttl, call.park)
+    yield Put(call.keys, new_nonce(), call.codec.pack(value), call.options.ttl, call.park, call.fleeting)
 
 
 def _look(call: Call, rooms: Rooms, seat: Seat, seen: str, clock: Callable[[], float]) -> Core[None]:
@@ -502,19 +511,20 @@ def _look(call: Call, rooms: Rooms, seat: Seat, seen: str, clock: Callable[[], f
     left = reply.lease if isinstance(reply, Won) else reply.lease_left
     rooms.wait(look, reply.fence, left, clock(), polls)
     # An inline caller does not wait for a worker to begin: it may well occupy the only one.
-    if isinstance(reply, Won) or (call.inline and reply.state in UNCLAIMED):
+    if isinstance(reply, Won) or (call.inline() and reply.state in UNCLAIMED):
         yield from _dispatch(call, reply.fence)
 
 
 def _dispatch(call: Call, fence: str) -> Core[None]:
     ticket = Ticket(call.keys, fence, call.chain, call.overrides)
+    inline = call.inline()
     try:
-        yield Dispatch(ticket, call.inline, call.options.dispatch_lease)
+        yield Dispatch(ticket, inline, call.options.dispatch_lease)
     except Exception as error:
         # The flight fails for all its waiters; were they to try in turn, each would wait for the broker.
         yield Settle(call.keys, Run(fence, 0), "E", pack_error(error), call.options.error_ttl, call.park)
         raise
-    if not call.inline:
+    if not inline:
         try:
             yield Confirm(call.keys, fence, call.options.queue_timeout)
         except StoreUnavailable:
@@ -611,7 +621,8 @@ def _settlement(
     refused = None
     if isinstance(outcome, Returned):
         try:
-            return Settle(ticket.keys, run, "V", call.codec.pack(outcome.value), options.ttl, call.park), None
+            packed = call.codec.pack(outcome.value)
+            return Settle(ticket.keys, run, "V", packed, options.ttl, call.park, call.fleeting), None
         except (EncodeError, ValueTooLarge) as unstorable:
             error = refused = unstorable
     else:

@@ -112,14 +112,14 @@ class Store:
                 replies.append(error)
         return replies
 
-    def listen(self) -> None:
-        """Return when notices to this process can arrive.
+    def listen(self, timeout: float) -> None:
+        """Return when notices to this process can arrive, within `timeout` seconds or the connection's own time-outs.
 
         Raises:
             StoreUnavailable: the subscription was not acknowledged in time.
         """
         kwargs = self._client.connection_pool.connection_kwargs
-        patience = (kwargs.get("socket_connect_timeout") or 2.0) + (kwargs.get("socket_timeout") or 5.0)
+        patience = min(timeout, kwargs["socket_connect_timeout"] + kwargs["socket_timeout"])
         if not self._inbox.listen(patience):
             raise StoreUnavailable(f"Redis at {self.address} did not acknowledge a subscription in {patience:g} s")
 
@@ -188,7 +188,7 @@ class _Heart:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread is not None:
+        if self._thread not in (None, threading.current_thread()):
             self._thread.join()
 
     def _beat(self) -> None:

@@ -90,8 +90,8 @@ class Driver:
                 return _wait(seat, timeout)
             case protocol.TakeSeat():
                 return _ThreadSeat()
-            case protocol.Listen():
-                return self._store.listen()
+            case protocol.Listen(timeout):
+                return self._store.listen(timeout)
             case protocol.Dispatch(ticket, inline, timeout):
                 if inline:
                     self._engine.run_here(ticket, self._args, self._kwargs)
@@ -167,7 +167,7 @@ class Memo(Generic[P, R]):
             self._maker.keys(args, kwargs),
             self.options,
             self.codec,
-            inline=engine.eager or (self.options.nested == "inline" and engine.in_worker),
+            inline=lambda: engine.eager or (self.options.nested == "inline" and engine.in_worker),
             chain=computing.get(),
             overrides=self._overrides,
         )

@@ -91,10 +91,10 @@ def arguments(effect: Script, inbox: str) -> tuple[Argument, ...]:
             return run.fence, run.attempt, _ms(lease)
         case Requeue(_, run, retries, lease):
             return run.fence, run.attempt, retries, _ms(lease)
-        case Settle(_, run, kind, outcome, ttl, park):
-            return run.fence, run.attempt, kind, outcome.form, outcome.body, _ms(ttl), _ms(park)
-        case Put(_, nonce, outcome, ttl, park):
-            return nonce, outcome.form, outcome.body, _ms(ttl), _ms(park)
+        case Settle(_, run, kind, outcome, ttl, park, fleeting):
+            return run.fence, run.attempt, kind, outcome.form, outcome.body, _ms(ttl), _ms(park), int(fleeting)
+        case Put(_, nonce, outcome, ttl, park, fleeting):
+            return nonce, outcome.form, outcome.body, _ms(ttl), _ms(park), int(fleeting)
         case Invalidate():
             return ()
         case Leave(_, place):

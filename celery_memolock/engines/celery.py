@@ -386,6 +386,8 @@ def _store_of(app: Any) -> Store:
             store = _stores.get(app)
             if store is None:
                 store = _stores[app] = _make_store(app)
+                # Not at exit: there the threads are daemons, and nothing is worth waiting for.
+                weakref.finalize(app, store.close).atexit = False
     return store
 
 
@@ -424,9 +426,9 @@ def _the_app() -> Any:
     Celery's own `current_app` is kept per thread; a thread that made no app gets a nameless one without a broker.
     """
     default = _state.default_app
-    if isinstance(default, celery.Celery) and not _is_fallback(default):
+    if isinstance(default, celery.Celery) and not is_fallback(default):
         return default
-    apps = [app for app in list(_state._get_active_apps()) if not _is_fallback(app)]
+    apps = [app for app in list(_state._get_active_apps()) if not is_fallback(app)]
     if len(apps) == 1:
         return apps[0]
     if not apps:
@@ -437,7 +439,8 @@ def _the_app() -> Any:
     )
 
 
-def _is_fallback(app: Any) -> bool:
+def is_fallback(app: Any) -> bool:
+    """Whether this is the nameless app that Celery makes when nobody named one."""
     return app.main == "default" and not app.set_as_current
 
 

@@ -107,17 +107,18 @@ local function pack(kind, fence, started, ttl_ms, form, body)
     .. int(now - started) .. ' ' .. form .. '\n' .. body
 end
 
--- End a flight with an outcome: store it if it may be stored, park it if its waiters could not read it there,
--- tell them, and only then clear the flight. Returns whether it was stored.
+-- End a flight with an outcome: store it if it may be stored, park it if its waiters could not read it there (it is
+-- not stored as the entry, or so shortly that a waiter whose notice got lost comes too late), tell them, and only then
+-- clear the flight. Returns whether it was stored.
 -- A full server refuses the first write of a script that may cost memory, but none after a write that was
 -- allowed: so PEXPIRE comes first, and each SET may fail without stopping the rest.
-local function conclude(flight, fence, outcome, store_as, ttl_ms, park_ms)
+local function conclude(flight, fence, outcome, store_as, ttl_ms, park_ms, fleeting)
   redis.call('PEXPIRE', flight, GRACE)
   local stored = false
   if store_as and ttl_ms > 0 then
     stored = not redis.pcall('SET', store_as, outcome, 'PX', ttl_ms).err
   end
-  if not (stored and store_as == ENTRY and ttl_ms >= park_ms) then
+  if fleeting or not stored or store_as ~= ENTRY then
     redis.pcall('SET', of_fence('p', fence), outcome, 'PX', park_ms)
   end
   ring(flight, fence, outcome)

@@ -6,6 +6,7 @@
 --       4 form, 5 body       the outcome
 --       6 ttl                how long the value (or the error) is kept, ms; 0: not at all
 --       7 park               how long an outcome is parked, ms
+--       8 fleeting           "1" if the ttl is too short to count on
 --
 -- Returns "OK"; "AGAIN", stored and a refresh was asked for meanwhile; "DETACHED", parked only; or "REFUSED".
 -- A repeat gets "OK".
@@ -32,6 +33,6 @@ if home == FLIGHT then
   store_as = kind == 'V' and ENTRY or ERROR
 end
 local outcome = pack(kind, fence, tonumber(flight[3]) or now, ttl_ms, ARGV[4], ARGV[5])
-conclude(home, fence, outcome, store_as, ttl_ms, park_ms)
+conclude(home, fence, outcome, store_as, ttl_ms, park_ms, ARGV[8] == '1')
 redis.call('ZREM', RUNS, fence .. ' ' .. attempt)
 return answer

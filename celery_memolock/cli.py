@@ -1,0 +1,88 @@
+"""The command line: ``celery-memolock``, and ``celery -A app memolock`` for operators."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from celery.bin.base import CLIContext
+
+from .engines.celery import MemoLockTask, is_fallback
+from .errors import MemoLockError
+from .protocol import MISS
+
+__all__ = ["main", "memolock"]
+
+
+@click.group()
+def main() -> None:
+    """Request coalescing for Celery.
+
+    Keys of a running project are looked after by: celery -A your.app memolock --help
+    """
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def demo(options: tuple[str, ...]) -> None:
+    """Show a queue page under load: without a cache, with a plain one, and with memolock."""
+    try:
+        from .demo.command import command
+    except ImportError as error:
+        raise click.ClickException(f"the demo needs {error.name}: pip install 'celery-memolock[demo]'") from error
+    command.main(args=list(options), prog_name="celery-memolock demo")
+
+
+@click.group()
+@click.pass_context
+def memolock(context: click.Context) -> None:
+    """Look at, drop and renew memolocked values."""
+    if not isinstance(context.obj, CLIContext) or is_fallback(context.obj.app):
+        raise click.UsageError("name the app, as in: celery -A shop memolock ...")
+
+
+def _on_key(function: Any) -> Any:
+    """Give a command the arguments that name one key, as in ``celery call``."""
+    function = click.option("-k", "--kwargs", default="{}", help="JSON object of keyword arguments.")(function)
+    function = click.option("-a", "--args", default="[]", help="JSON list of positional arguments.")(function)
+    function = click.argument("task")(function)
+    return memolock.command()(click.pass_obj(function))
+
+
+@_on_key
+def peek(context: CLIContext, task: str, args: str, kwargs: str) -> None:
+    """Print the stored value as JSON; exit with status 1 if there is none."""
+    value = _call(context, task, "peek", args, kwargs)
+    if value is MISS:
+        raise click.ClickException("no value is stored")
+    click.echo(json.dumps(value, default=repr))
+
+
+@_on_key
+def invalidate(context: CLIContext, task: str, args: str, kwargs: str) -> None:
+    """Drop the value, and what is being computed from older data."""
+    dropped = _call(context, task, "invalidate", args, kwargs)
+    click.echo("dropped" if dropped else "there was no value")
+
+
+@_on_key
+def refresh(context: CLIContext, task: str, args: str, kwargs: str) -> None:
+    """Have the value computed anew; the old one is served until then."""
+    started = _call(context, task, "refresh", args, kwargs)
+    click.echo("started" if started else "joined a flight that is under way")
+
+
+def _call(context: CLIContext, name: str, method: str, args: str, kwargs: str) -> Any:
+    task = context.app.tasks.get(name)
+    if not isinstance(task, MemoLockTask):
+        known = sorted(n for n, t in context.app.tasks.items() if isinstance(t, MemoLockTask))
+        raise click.ClickException(f"{name!r} is no memolocked task of this app; those are: {', '.join(known)}")
+    try:
+        positional, named = json.loads(args), json.loads(kwargs)
+    except ValueError as error:
+        raise click.ClickException(f"the arguments are no JSON: {error}") from None
+    try:
+        return getattr(task, method)(*positional, **named)
+    except (MemoLockError, TypeError) as error:
+        raise click.ClickException(str(error)) from None

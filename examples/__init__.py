@@ -1,0 +1,1 @@
+"""Runnable examples; each says at its top how to start it."""
