@@ -17,10 +17,10 @@ from pathlib import Path
 
 import redis
 from celery import Celery
-from celery_memolock.server import serve_or_use
 
 from benchmarks.harness import arguments, record, spread
 from celery_memolock import memolocked_task
+from celery_memolock.server import serve_or_use
 
 URL = os.environ.get("BENCHMARK_URL", "")
 TASK_SECONDS = 0.5
@@ -29,7 +29,7 @@ BARE_CHANNEL = "benchmark-bare"
 app = Celery("benchmarks.herd", broker=URL)
 
 
-@memolocked_task(ttl=600, app=app)
+@memolocked_task(ttl=600, app=app, name="benchmarks.herd.slow")
 def slow(key: str) -> float:
     """Take half a second, and return when it was over: time.monotonic is one clock for all processes of a machine."""
     redis.Redis.from_url(URL).incr(f"runs:{key}")
@@ -105,25 +105,22 @@ def herd(url: str, processes: int, threads: int, rounds: int) -> dict[str, objec
 
 def main() -> None:
     args = arguments(__doc__, rounds=7)
-    with serve_or_use() as url, tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "worker.log").open("w")
+    with serve_or_use() as url, tempfile.NamedTemporaryFile("w+") as log:
+        app.conf.update(broker_url=url, memolock_redis_url=url)
         worker = subprocess.Popen(
             [sys.executable, "-m", "celery", "-A", "benchmarks.herd", "worker", "-c", "2", "-l", "WARNING"],
             env={**os.environ, "BENCHMARK_URL": url},
             stdout=log,
             stderr=log,
         )
-        app.conf.update(broker_url=url, memolock_redis_url=url)
-        os.environ["BENCHMARK_URL"] = url
         try:
             while not app.control.ping(timeout=0.5):
-                assert worker.poll() is None, Path(folder, "worker.log").read_text()
+                assert worker.poll() is None, Path(log.name).read_text()
             sizes = [(1, 1), (1, 100), (4, 25), (4, 100), (10, 100)]
             record("herd", url, [herd(url, *size, args.rounds) for size in sizes], args)
         finally:
             worker.terminate()
             worker.wait()
-            log.close()
 
 
 if __name__ == "__main__":

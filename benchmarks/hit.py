@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import redis
 from celery import Celery
-from celery_memolock.server import serve_or_use
 
 from benchmarks.harness import arguments, record, spread
 from celery_memolock import memolocked_task
+from celery_memolock.server import serve_or_use
 
 VALUE = {"queue": "q1", "waiting": 5500, "names": ["ada", "grace", "edsger"]}
 

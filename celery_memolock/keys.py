@@ -85,6 +85,9 @@ class KeyMaker:
         self._options = options
         self._check = check
         names = signature.parameters
+        # A call that gives all arguments by position needs no binding, which takes longer than all the rest.
+        plain = all(each.kind is Parameter.POSITIONAL_OR_KEYWORD for each in names.values())
+        self._plain = tuple(names) if plain else None
         for name in options.ignore:
             if name not in names:
                 raise OptionError(
@@ -101,6 +104,18 @@ class KeyMaker:
             TypeError: the arguments do not fit the task.
             ArgumentError: an argument cannot become part of a key.
         """
+        if self._plain is not None and len(args) == len(self._plain) and not kwargs:
+            arguments: Mapping[str, Any] = dict(zip(self._plain, args, strict=True))
+        else:
+            arguments = self._bind(args, kwargs)
+        key = self._options.key
+        if key is None:
+            fingerprint = self._fingerprint(arguments)
+        else:
+            fingerprint = self._custom(key.format(**arguments) if isinstance(key, str) else key(*args, **kwargs))
+        return Keys.of(self._options.prefix, self._head + fingerprint)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -108,12 +123,7 @@ class KeyMaker:
                 self._check(*args, **kwargs)
             raise TypeError(f"{self._task}() {error}") from None
         bound.apply_defaults()
-        key = self._options.key
-        if key is None:
-            fingerprint = self._fingerprint(bound.arguments)
-        else:
-            fingerprint = self._custom(key.format(**bound.arguments) if isinstance(key, str) else key(*args, **kwargs))
-        return Keys.of(self._options.prefix, self._head + fingerprint)
+        return bound.arguments
 
     def _fingerprint(self, arguments: Mapping[str, Any]) -> str:
         parts: list[str] = []

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import weakref
@@ -101,6 +100,13 @@ def _bundled_binary() -> str | None:
         return None
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 class Server:
     """A Redis or Valkey server on this machine that belongs to this process.
 
@@ -139,7 +145,6 @@ class Server:
         self._options = {**DEFAULTS, **options}
         self._url: str | None = None
         self._home: Path | None = None
-        self._port_guard: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._lifeline: io.FileIO | None = None
 
@@ -217,9 +222,7 @@ class Server:
         self._release_keeper()
         if self._home is not None:
             shutil.rmtree(self._home, ignore_errors=True)
-        if self._port_guard is not None:
-            self._port_guard.close()
-        self._url = self._home = self._port_guard = None
+        self._url = self._home = None
 
     def kill(self) -> None:
         """Send SIGKILL and return when it is dead; `start` or `restart` brings it back.
@@ -282,25 +285,12 @@ class Server:
             where = {"port": "0", "unixsocket": "redis.sock", "unixsocketperm": "700"}
             self._url = f"unix://{login}{quote(str(self._home / 'redis.sock'))}?db=0"
         else:
-            port = self._port or self._find_port()
+            port = self._port or _free_port()
             where = {"port": str(port)}
             self._url = f"redis://{login}127.0.0.1:{port}/0"
         settings = {**self._options, **where}
         lines = [f"{name} {value}\n" if value else f'{name} ""\n' for name, value in settings.items()]
         (self._home / "server.conf").write_text("".join(lines), encoding="utf-8")
-
-    def _find_port(self) -> int:
-        guard = socket.socket()
-        guard.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        guard.bind(("127.0.0.1", 0))
-        port: int = guard.getsockname()[1]
-        if sys.platform == "linux":
-            # Linux lets the server listen on a port that we hold bound, and gives it to no one else: neither while
-            # the server is dead, nor as the source port of a client that tries to reconnect (to itself, then).
-            self._port_guard = guard
-        else:
-            guard.close()
-        return port
 
     def _spawn(self, binary: Path) -> None:
         home = self._home
@@ -360,11 +350,9 @@ class Server:
         """In a forked child: let go of what would keep the server alive, and of what could end it."""
         if self._lifeline is not None:
             self._lifeline.close()
-        if self._port_guard is not None:
-            self._port_guard.close()
         if self._process is not None:
             self._process.returncode = 0  # whom Popen takes for dead it neither signals nor waits for
-        self._lifeline = self._port_guard = self._home = None
+        self._lifeline = self._home = None
 
 
 _started: weakref.WeakSet[Server] = weakref.WeakSet()

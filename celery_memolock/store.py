@@ -31,6 +31,9 @@ T = TypeVar("T")
 #: script that changes something gives a repeated call the same answer.
 CONNECTION: Final[dict[str, Any]] = {"socket_connect_timeout": 2.0, "socket_timeout": 5.0}
 
+#: Of one process to one server, beside the inbox. Each is held for one round trip, so many more callers share them.
+MOST_CONNECTIONS: Final = 100
+
 
 class Store:
     """A server, its connections, and what listens and beats over them in this process.
@@ -46,6 +49,8 @@ class Store:
         self._client: Any = _own_client(client)  # Any: half of the client is untyped
         self._prefix = prefix
         self.address = _address(self._client)
+        kwargs = self._client.connection_pool.connection_kwargs
+        self._patience: float = kwargs["socket_connect_timeout"] + kwargs["socket_timeout"]
         self._begin()
         _stores.add(self)
 
@@ -118,8 +123,7 @@ class Store:
         Raises:
             StoreUnavailable: the subscription was not acknowledged in time.
         """
-        kwargs = self._client.connection_pool.connection_kwargs
-        patience = min(timeout, kwargs["socket_connect_timeout"] + kwargs["socket_timeout"])
+        patience = min(timeout, self._patience)
         if not self._inbox.listen(patience):
             raise StoreUnavailable(f"Redis at {self.address} did not acknowledge a subscription in {patience:g} s")
 
@@ -139,6 +143,7 @@ class Store:
         _stores.discard(self)
 
     def _begin(self) -> None:
+        self._free = threading.Semaphore(MOST_CONNECTIONS)
         self._inbox = Inbox(self._client, self._prefix)
         self._heart = _Heart(self)
 
@@ -149,6 +154,11 @@ class Store:
         self._begin()
 
     def _guard(self, call: Callable[[], T]) -> T:
+        # The pool refuses whoever finds no connection free, and the client's blocking pool costs twice as much.
+        if not self._free.acquire(timeout=self._patience):
+            raise StoreUnavailable(
+                f"all {MOST_CONNECTIONS} connections to Redis at {self.address} were busy for {self._patience:g} s"
+            )
         try:
             return call()
         except redis.TimeoutError as error:
@@ -159,6 +169,8 @@ class Store:
             raise StoreUnavailable(f"Redis at {self.address} cannot be reached: {error}") from error
         except redis.RedisError as error:
             raise StoreUnavailable(f"Redis at {self.address} refused a command: {error}") from error
+        finally:
+            self._free.release()
 
 
 class _Heart:
@@ -243,7 +255,11 @@ def _own_client(client: redis.Redis) -> redis.Redis:
     pool = client.connection_pool
     kwargs = {**CONNECTION, **{k: v for k, v in pool.connection_kwargs.items() if v is not None}}
     kwargs.update(decode_responses=False, retry=Retry(NoBackoff(), 1), retry_on_error=[redis.ConnectionError])
-    return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **kwargs))
+    return redis.Redis(
+        connection_pool=redis.ConnectionPool(
+            connection_class=pool.connection_class, max_connections=2 * MOST_CONNECTIONS, **kwargs
+        )
+    )
 
 
 def _address(client: Any) -> str:

@@ -14,7 +14,7 @@ from celery import Celery
 
 from celery_memolock import memolocked_task
 
-app = Celery("smallest", broker=os.environ.get("MEMOLOCK_REDIS_URL", "redis://localhost:6379/0"))
+app = Celery("examples.smallest", broker=os.environ.get("MEMOLOCK_REDIS_URL", "redis://localhost:6379/0"))
 
 
 @memolocked_task(ttl=5)

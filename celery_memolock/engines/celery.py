@@ -439,6 +439,27 @@ def _the_app() -> Any:
     )
 
 
+class _Finder:
+    """Finds a shared task in the one app of this process, anew only when there are other apps than before."""
+
+    def __init__(self, name: str | None, function: Callable[..., Any]) -> None:
+        self._name = name
+        self._function = function
+        self._found: tuple[Any, int, weakref.ref[Any]] | None = None
+
+    def __call__(self) -> Any:
+        apps = _state._get_active_apps()
+        if self._found is not None:
+            default, count, task = self._found
+            known = task()
+            if known is not None and default is _state.default_app and count == len(apps):
+                return known
+        app = _the_app()
+        found = app.tasks[self._name or app.gen_task_name(self._function.__name__, self._function.__module__)]
+        self._found = (_state.default_app, len(apps), weakref.ref(found))
+        return found
+
+
 def is_fallback(app: Any) -> bool:
     """Whether this is the nameless app that Celery makes when nobody named one."""
     return app.main == "default" and not app.set_as_current
@@ -522,11 +543,8 @@ def memolocked_task(*, ttl: float | timedelta, app: Any = None, **options: Any) 
         share: Any = celery.shared_task
         share(memolock=ours, **options)(function)
 
-        def task() -> Any:
-            found = _the_app()
-            return found.tasks[options.get("name") or found.gen_task_name(function.__name__, function.__module__)]
-
-        return Proxy(task, name=function.__name__, __doc__=function.__doc__)
+        find = _Finder(options.get("name"), function)
+        return Proxy(find, name=function.__name__, __doc__=function.__doc__)
 
     return decorate
 

@@ -1,0 +1,81 @@
+"""The examples run as they say at their top."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from celery_memolock.server import Server
+from tests.docs.conftest import Start
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def own_server() -> Iterator[Server]:
+    """A server of this test alone: the examples use Celery's default queue."""
+    with Server() as started:
+        yield started
+
+
+@pytest.fixture
+def environment(own_server: Server) -> dict[str, str]:
+    """The environment that the examples read."""
+    return {**os.environ, "MEMOLOCK_REDIS_URL": own_server.url, "PYTHONPATH": str(ROOT)}
+
+
+def test_smallest(environment: dict[str, str], start_worker: Start) -> None:
+    """Ten callers, one run."""
+    start_worker("examples.smallest", ROOT, environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.smallest"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "10 callers, 1 run" in done.stdout, done.stdout + done.stderr
+
+
+def test_flask_app(environment: dict[str, str], start_worker: Start) -> None:
+    """Many visitors of two web processes get one report, and another one after a sale."""
+    start_worker("examples.flask_app:celery_app", ROOT, environment)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        site = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        command = ["gunicorn", "--workers", "2", "--threads", "8", "--bind", f"fd://{listening.fileno()}"]
+        with subprocess.Popen(
+            [sys.executable, "-m", *command, "examples.flask_app:app"],
+            cwd=ROOT,
+            env=environment,
+            pass_fds=[listening.fileno()],
+            stderr=subprocess.DEVNULL,
+        ) as web:
+            try:
+                # The socket listens already, so the first request waits for a web process.
+                assert _get(f"{site}/health") == b"ok"
+                with ThreadPoolExecutor(16) as visitors:
+                    pages = list(visitors.map(_get, [f"{site}/stock/tea"] * 16))
+                assert len(set(pages)) == 1
+                assert json.loads(pages[0])["article"] == "tea"
+                sold = urllib.request.Request(f"{site}/stock/tea/sold", method="POST")
+                with urllib.request.urlopen(sold, timeout=30) as answer:
+                    assert json.load(answer) == {"dropped": True}
+                assert json.loads(_get(f"{site}/stock/tea"))["article"] == "tea"
+            finally:
+                web.terminate()
+
+
+def _get(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        body: bytes = answer.read()
+        return body
