@@ -450,6 +450,9 @@ def fetch(call: Call, rooms: Rooms, clock: Callable[[], float]) -> Core[Any]:
                 yield from _look(call, rooms, seat, seen, clock)
             else:
                 break
+    except GeneratorExit:
+        rooms.leave(seat)  # the driver is gone: nobody would perform what follows
+        raise
     finally:
         place = rooms.leave(seat)
         if place is not None:

@@ -36,7 +36,7 @@ from ..errors import (
     StoreUnavailable,
 )
 from ..keys import KeyMaker, Keys
-from ..options import Options
+from ..options import CALL_OPTIONS, Options
 from ..protocol import (
     Call,
     Defer,
@@ -111,8 +111,10 @@ class MemoLockTask(_Task[P, R], CallerMethods[P, R]):
             if self.memolock is None:
                 raise OptionError(f"task {self.name!r} has no memolock options; give it memolock={{'ttl': seconds}}")
             options = Options.build(self.memolock, _defaults(task.app))
-            check = head_from_fun(self.run, bound=False) if inspect.isfunction(self.run) else None
-            maker = KeyMaker(self.name, inspect.signature(self.run), options, check)
+            run: Any = self.run
+            bound = inspect.ismethod(run)
+            check = head_from_fun(run.__func__ if bound else run, bound=bound)  # fails as the call itself would
+            maker = KeyMaker(self.name, inspect.signature(run), options, check)
             self._memo = Memo(self.name, _CeleryEngine(self), options, maker, Codec(self.name, options))
         return self._memo
 
@@ -156,7 +158,9 @@ class _Flight:
         self._ticket = ticket
         self._engine = _CeleryEngine(task)
         memo = task.memo
-        self._call = Call(task.name, ticket.keys, memo.options.override(ticket.overrides), memo.codec)
+        # A web process of another version may know other options.
+        overrides = {name: value for name, value in ticket.overrides.items() if name in CALL_OPTIONS}
+        self._call = Call(task.name, ticket.keys, memo.options.override(overrides), memo.codec)
         self._run: Run | None = None
         self._goes_on = False
         self._left_by: BaseException | None = None
@@ -379,6 +383,15 @@ _stores: weakref.WeakKeyDictionary[Any, Store] = weakref.WeakKeyDictionary()
 _stores_lock = threading.Lock()
 
 
+def _renew_lock() -> None:
+    global _stores_lock
+    _stores_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def _store_of(app: Any) -> Store:
     store = _stores.get(app)
     if store is None:
@@ -410,13 +423,15 @@ def _make_store(app: Any) -> Store:
 def _defaults(app: Any) -> dict[str, Any]:
     """The app's own defaults: whatever its configuration names ``memolock_<option>``."""
     found: dict[str, Any] = {}
-    for key in app.conf:
-        name = str(key).lower().partition("memolock_")[2] if "memolock_" in str(key).lower() else ""
-        if not name or name == "redis_url":
+    conf = app.conf
+    start = f"{conf.prefix or ''}memolock_".lower()
+    for key in conf:
+        name = str(key).lower().removeprefix(start)
+        if not str(key).lower().startswith(start) or name == "redis_url":
             continue
         if name not in _OPTION_NAMES or name in ("ttl", "key", "ignore"):
             raise OptionError(f"{key} in the Celery configuration is no default that memolock knows")
-        found[name] = app.conf.get(f"memolock_{name}")
+        found[name] = conf.get(f"memolock_{name}")
     return found
 
 
