@@ -37,6 +37,7 @@ __all__ = [
     "Claim",
     "Confirm",
     "Defer",
+    "Disown",
     "Dispatch",
     "Done",
     "Finished",
@@ -276,6 +277,20 @@ class Settle(Script):
     ttl: float
     park: float
     fleeting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Disown(Script):
+    """The worker's main process knows that a run, or with no holder a message, came to nothing → whether it mattered.
+
+    With an outcome the flight fails for all; without one, those who wait may take over at once.
+    """
+
+    keys: Keys
+    fence: str
+    holder: str
+    outcome: Packed | None
+    park: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from .protocol import (
     Claim,
     Confirm,
     Defer,
+    Disown,
     Done,
     Invalidate,
     Leave,
@@ -93,6 +94,9 @@ def arguments(effect: Script, inbox: str) -> tuple[Argument, ...]:
             return run.fence, run.attempt, retries, _ms(lease)
         case Settle(_, run, kind, outcome, ttl, park, fleeting):
             return run.fence, run.attempt, kind, outcome.form, outcome.body, _ms(ttl), _ms(park), int(fleeting)
+        case Disown(_, fence, holder, outcome, park):
+            form, body = (outcome.form, outcome.body) if outcome else ("", "")
+            return fence, holder, form, body, _ms(park)
         case Put(_, nonce, outcome, ttl, park, fleeting):
             return nonce, outcome.form, outcome.body, _ms(ttl), _ms(park), int(fleeting)
         case Invalidate():
@@ -123,7 +127,7 @@ def reply(effect: Script, raw: Any) -> Any:
                     return Skip(reason.decode())
         case Leave():
             return (raw[0].decode(), raw[1] / 1000) if raw else None
-        case Confirm() | Invalidate():
+        case Confirm() | Disown() | Invalidate():
             return bool(raw)
         case Renew() | Requeue() | Settle() | Put():
             return raw.decode()

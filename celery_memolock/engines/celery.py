@@ -40,12 +40,12 @@ from ..options import CALL_OPTIONS, Options
 from ..protocol import (
     Call,
     Defer,
+    Disown,
     GoesOn,
     Raised,
     Requeue,
     Returned,
     Run,
-    Settle,
     Skip,
     Ticket,
     compute,
@@ -90,6 +90,7 @@ class MemoLockTask(_Task[P, R], CallerMethods[P, R]):
     """
 
     abstract = True
+    Request = "celery_memolock.engines.celery_worker:FlightRequest"
     memolock: ClassVar[Mapping[str, Any] | None] = None
 
     _memo: Memo[P, R] | None = None
@@ -125,10 +126,10 @@ class MemoLockTask(_Task[P, R], CallerMethods[P, R]):
             return super().__call__(*args, **kwargs)
         # A plain call of this task from inside its own run comes by here too, and must not be the flight again.
         request.memolock_entered = True
-        header = (request.headers or {}).get(_HEADER)
-        if header is None:
+        ticket = ticket_in(request.headers)
+        if ticket is None:
             return self.run(*args, **kwargs)
-        return _Flight(self, _read_ticket(header)).fly(args, kwargs)
+        return _Flight(self, ticket).fly(args, kwargs)
 
     def retry(
         self,
@@ -182,7 +183,7 @@ class _Flight:
                 request.memolock_flight = None
             return outcome
 
-        holder = f"{request.hostname}/{os.getppid()}/{os.getpid()}"
+        holder = holder_of(request.hostname, os.getppid(), os.getpid())
         redelivered = bool((request.delivery_info or {}).get("redelivered"))
         work = compute(self._call, self._ticket, holder, request.retries, redelivered, time.monotonic)
         done = drive(work, Driver(self._engine, body=body))
@@ -258,7 +259,7 @@ class _CeleryEngine:
     @property
     def store(self) -> Store:
         """The server that the task's app is configured with."""
-        return _store_of(self._task.app)
+        return store_of(self._task.app)
 
     @property
     def eager(self) -> bool:
@@ -329,8 +330,17 @@ def _write_ticket(ticket: Ticket) -> dict[str, Any]:
     }
 
 
-def _read_ticket(header: Mapping[str, Any]) -> Ticket:
+def ticket_in(headers: Mapping[str, Any] | None) -> Ticket | None:
+    """Return the ticket in a message's headers; None if it is no flight's."""
+    header = (headers or {}).get(_HEADER)
+    if header is None:
+        return None
     return Ticket(Keys(header["entry"]), header["fence"], tuple(header["chain"]), header["options"])
+
+
+def holder_of(hostname: str, main: int, child: int) -> str:
+    """Name the process that runs a flight: worker, main process, pool process."""
+    return f"{hostname}/{main}/{child}"
 
 
 def _until(eta: datetime) -> float:
@@ -392,7 +402,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _store_of(app: Any) -> Store:
+def store_of(app: Any) -> Store:
+    """Return the server of an app, made at the first use.
+
+    Raises:
+        ConfigurationError: none is named, or its URL cannot be used.
+    """
     store = _stores.get(app)
     if store is None:
         with _stores_lock:
@@ -569,13 +584,12 @@ def memolocked_task(*, ttl: float | timedelta, app: Any = None, **options: Any) 
 
 def _on_unknown(sender: Any, message: Any, name: str, **_: Any) -> None:
     """A worker does not know the task: all who wait for the flight hear so at once."""
-    header = (message.headers or {}).get(_HEADER)
-    if header is None:
+    ticket = ticket_in(message.headers)
+    if ticket is None:
         return
-    ticket = _read_ticket(header)
     error = FlightFailed(f"task {name!r} is not registered on worker {sender.hostname}: does it import the module?")
     try:
-        _store_of(sender.app).run(Settle(ticket.keys, Run(ticket.fence, 0), "E", pack_error(error), 0.0, 30.0))
+        store_of(sender.app).run(Disown(ticket.keys, ticket.fence, "", pack_error(error), 30.0))
     except MemoLockError as failed:
         logger.warning("memolock could not tell that task %s is unknown: %s", name, failed)
 

@@ -1,0 +1,63 @@
+"""What only the main process of a Celery worker learns, told to those who wait: killed, revoked, out of time, unknown.
+
+Celery imports this by name, in workers alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+from typing import Any
+
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+
+from ..codec import Packed, pack_error
+from ..errors import FlightFailed, MemoLockError
+from ..protocol import Disown
+from .celery import holder_of, store_of, ticket_in
+
+__all__ = ["FlightRequest"]
+
+_Request: Any = importlib.import_module("celery.worker.request").Request
+logger = logging.getLogger("celery_memolock")
+
+
+class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
+    """Celery's record of one message in the worker's main process, for tasks that may be flights."""
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        """Let another worker take over at once when this one's child is gone."""
+        try:
+            return super().on_failure(exc_info, send_failed_event, return_ok)
+        finally:
+            error = getattr(exc_info.exception, "exc", exc_info.exception)
+            if isinstance(error, WorkerLostError | SystemExit):
+                self._disown(None)
+
+    def on_timeout(self, soft: bool, timeout: float) -> Any:
+        """Fail the flight when its run is killed at the hard time limit."""
+        if not soft:
+            self._disown(pack_error(TimeLimitExceeded(timeout)))
+        return super().on_timeout(soft, timeout)
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> Any:
+        self._disown(pack_error(FlightFailed(f"the message of task {self.name!r} was {reason}")))
+        return super()._announce_revoked(reason, terminated, signum, expired)
+
+    def _disown(self, outcome: Packed | None) -> None:
+        ticket = ticket_in(self.message.headers)
+        if ticket is None:
+            return
+        holder = holder_of(self.hostname, os.getpid(), self.worker_pid) if self.worker_pid else ""
+        effect = Disown(ticket.keys, ticket.fence, holder, outcome, 30.0)
+
+        def tell() -> None:
+            try:
+                store_of(self.app).run(effect)
+            except MemoLockError as error:
+                logger.warning("memolock leaves key %s to its lease: %s", ticket.keys.tag, error)
+
+        # The main process must not wait for a server that may be slow.
+        threading.Thread(target=tell, name="memolock-disown", daemon=True).start()
