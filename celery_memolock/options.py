@@ -35,6 +35,12 @@ class Options:
         max_poll_interval: what `poll_interval` rises to. Default 5.
         error_ttl: how long new callers of a failed key get the error at once instead of a new run. Callers
             that already wait always get the error. Default 0: the next call runs the task again.
+        cache_errors: exceptions of the task that new callers get for so many seconds instead of a new run, as in
+            ``{NotFound: 30}``; of several that fit, the first. Default none: `error_ttl` holds for all.
+        on_redis_error: what a call does when Redis cannot be reached: "raise" `StoreUnavailable`, or "compute"
+            the value in the caller, uncached. Default "raise".
+        skip_abandoned: a worker drops a flight that nobody waits for any more and that has not begun to run.
+            Default False: it is computed for whoever comes next.
         max_crashes: after this many workers died over one flight it fails for all its callers. Default 2.
         max_overlap: at most so many runs of a key are alive at once, among them those that an
             invalidation made worthless. Default 2.
@@ -63,6 +69,9 @@ class Options:
     poll_interval: float = 1.0
     max_poll_interval: float = 5.0
     error_ttl: float = 0.0
+    cache_errors: Mapping[type[Exception], float] = field(default_factory=dict)
+    on_redis_error: Literal["raise", "compute"] = "raise"
+    skip_abandoned: bool = False
     max_crashes: int = 2
     max_overlap: int = 2
     nested: Literal["inline", "dispatch"] = "inline"
@@ -82,8 +91,14 @@ class Options:
             _whole(name, getattr(self, name))
         if self.max_poll_interval < self.poll_interval:
             object.__setattr__(self, "max_poll_interval", self.poll_interval)
-        if self.nested not in ("inline", "dispatch"):
-            raise OptionError(f'memolock option nested={self.nested!r}: must be "inline" or "dispatch"')
+        for name, choices in (("nested", ("inline", "dispatch")), ("on_redis_error", ("raise", "compute"))):
+            if getattr(self, name) not in choices:
+                raise OptionError(
+                    f"memolock option {name}={getattr(self, name)!r}: must be {' or '.join(map(repr, choices))}"
+                )
+        if not isinstance(self.skip_abandoned, bool):
+            raise OptionError(f"memolock option skip_abandoned={self.skip_abandoned!r}: must be True or False")
+        object.__setattr__(self, "cache_errors", _errors(self.cache_errors))
         if not isinstance(self.prefix, str) or not self.prefix or set(self.prefix) & set("{} \n"):
             raise OptionError(f"memolock option prefix={self.prefix!r}: must be text without braces or white space")
         if self.key is not None and not callable(self.key) and not isinstance(self.key, str):
@@ -93,6 +108,10 @@ class Options:
         from .codec import check_formats  # imported here: the codec reads these options
 
         check_formats(self)
+
+    def error_ttl_of(self, error: BaseException) -> float:
+        """How long, in seconds, new callers get this error instead of a new run."""
+        return next((ttl for kind, ttl in self.cache_errors.items() if isinstance(error, kind)), self.error_ttl)
 
     @classmethod
     def build(cls, given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Options:
@@ -127,7 +146,7 @@ _FIELDS = tuple(f.name for f in fields(Options))
 _TIMES = tuple(f.name for f in fields(Options) if f.type == "float")
 
 #: What may differ from call to call. The others shape the key or its stored form.
-CALL_OPTIONS = frozenset((*_TIMES, "max_crashes", "max_overlap", "nested"))
+CALL_OPTIONS = frozenset((*_TIMES, "max_crashes", "max_overlap", "nested", "on_redis_error", "skip_abandoned"))
 
 
 def _known(given: Iterable[str], allowed: Iterable[str]) -> None:
@@ -150,6 +169,15 @@ def _seconds(name: str, value: object, *, zero: bool) -> float:
 def _whole(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise OptionError(f"memolock option {name}={value!r}: must be a whole number of 1 or more")
+
+
+def _errors(value: object) -> Mapping[type[Exception], float]:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"memolock option cache_errors={value!r}: must map exception types to seconds")
+    for error in value:
+        if not (isinstance(error, type) and issubclass(error, Exception)):
+            raise OptionError(f"memolock option cache_errors: {error!r} is no type of exception")
+    return {error: _seconds(f"cache_errors[{error.__name__}]", ttl, zero=True) for error, ttl in value.items()}
 
 
 def _names(name: str, value: object) -> tuple[str, ...]:

@@ -210,7 +210,12 @@ class Get:
 
 @dataclass(frozen=True, slots=True)
 class Acquire(Script):
-    """Look: → `Done`, `Waiting` or `Won`. `register` is the sequence of a registration, None for no waiting."""
+    """Look: → `Done`, `Waiting` or `Won`.
+
+    Attributes:
+        register: sequence of the registration that is made; None if the caller will not wait.
+        wanted: for how many more seconds the caller is ready to wait.
+    """
 
     keys: Keys
     options: Options
@@ -219,6 +224,7 @@ class Acquire(Script):
     seen: str
     following: str
     register: int | None
+    wanted: float
     park: float
     crashed: Packed
 
@@ -462,7 +468,7 @@ def fetch(call: Call, rooms: Rooms, clock: Callable[[], float]) -> Core[Any]:
             if isinstance(turn, Broken):
                 raise turn.error(turn.message)
             if turn is Turn.LOOK:
-                yield from _look(call, rooms, seat, seen, clock)
+                yield from _look(call, rooms, seat, seen, deadline, clock)
             else:
                 break
     except GeneratorExit:
@@ -484,7 +490,7 @@ def refresh(call: Call) -> Core[bool]:
     Returns True if this call started the flight. A flight that waits for a worker is joined; after one that runs
     already (it may have read older data) the worker starts the next.
     """
-    reply = yield _acquire(call, "force", "", "", None)
+    reply = yield _acquire(call, "force")
     if isinstance(reply, Won):
         yield from _dispatch(call, reply.fence)
         return True
@@ -512,10 +518,11 @@ def put(call: Call, value: Any) -> Core[None]:
     yield Put(call.keys, new_nonce(), call.codec.pack(value), call.options.ttl, call.park, call.fleeting)
 
 
-def _look(call: Call, rooms: Rooms, seat: Seat, seen: str, clock: Callable[[], float]) -> Core[None]:
+def _look(call: Call, rooms: Rooms, seat: Seat, seen: str, deadline: float, clock: Callable[[], float]) -> Core[None]:
     look = rooms.begin_look(seat)
     try:
-        reply = yield _acquire(call, "miss", seen, look.following, look.sequence)
+        wanted = max(0.0, deadline - clock())
+        reply = yield _acquire(call, "miss", seen, look.following, look.sequence, wanted)
     except StoreUnavailable as error:
         rooms.broken(look, StoreUnavailable, str(error))
         return
@@ -549,7 +556,14 @@ def _dispatch(call: Call, fence: str) -> Core[None]:
             pass  # the message is out, and the worker's claim does without
 
 
-def _acquire(call: Call, mode: Literal["miss", "force"], seen: str, following: str, register: int | None) -> Acquire:
+def _acquire(
+    call: Call,
+    mode: Literal["miss", "force"],
+    seen: str = "",
+    following: str = "",
+    register: int | None = None,
+    wanted: float = 0.0,
+) -> Acquire:
     return Acquire(
         call.keys,
         call.options,
@@ -558,6 +572,7 @@ def _acquire(call: Call, mode: Literal["miss", "force"], seen: str, following: s
         seen,
         following,
         register,
+        wanted,
         call.park,
         _crashed(call.task, call.options.max_crashes),
     )
@@ -645,7 +660,7 @@ def _settlement(
             error = refused = unstorable
     else:
         error = outcome.error
-    return Settle(ticket.keys, run, "E", pack_error(error), options.error_ttl, call.park), refused
+    return Settle(ticket.keys, run, "E", pack_error(error), options.error_ttl_of(error), call.park), refused
 
 
 def _patiently(effect: Script, patience: float, clock: Callable[[], float]) -> Core[Any]:

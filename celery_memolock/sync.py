@@ -178,7 +178,15 @@ class Memo(Generic[P, R]):
         def core(call: Call) -> Core[Any]:
             return protocol.fetch(call, self._engine.store.inbox.rooms, time.monotonic)
 
-        return self._do(core, args, kwargs, lambda: self._engine.run_here(None, args, kwargs))  # type: ignore[no-any-return]
+        def uncached() -> Any:
+            return self._engine.run_here(None, args, kwargs)
+
+        try:
+            return self._do(core, args, kwargs, uncached)  # type: ignore[no-any-return]
+        except StoreUnavailable:
+            if self.options.on_redis_error == "raise":
+                raise
+            return uncached()  # type: ignore[no-any-return]
 
     def peek(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> R | Missing:
         """See `CallerMethods.peek`."""

@@ -58,7 +58,7 @@ def script_of(effect: Script) -> Source:
 def arguments(effect: Script, inbox: str) -> tuple[Argument, ...]:
     """Return ARGV of an effect's script; `inbox` is this process's."""
     match effect:
-        case Acquire(_, options, nonce, mode, seen, following, register, park, crashed):
+        case Acquire(_, options, nonce, mode, seen, following, register, wanted, park, crashed):
             return (
                 nonce,
                 mode,
@@ -66,6 +66,7 @@ def arguments(effect: Script, inbox: str) -> tuple[Argument, ...]:
                 following,
                 "" if register is None else inbox,
                 register or 0,
+                _ms(wanted),
                 _ms(options.dispatch_lease),
                 options.max_crashes,
                 _ms(park),
@@ -83,6 +84,7 @@ def arguments(effect: Script, inbox: str) -> tuple[Argument, ...]:
                 retries,
                 int(redelivered),
                 options.max_overlap,
+                int(options.skip_abandoned),
                 options.max_crashes,
                 _ms(park),
                 crashed.form,

@@ -9,8 +9,8 @@
 -- p:<fence>         string  a parked outcome, for waiters that could not read it from the entry
 --
 -- Fields of a flight: fence, state (P pending, Q queued, R running), since, attempt, retries, crashes,
--- takeovers, started, claim (nonce of the claim), holder, lease_until, lease_ms, again (a refresh was asked for
--- while it ran), and w:<inbox channel> = sequence for every waiting process.
+-- takeovers, started, claim (nonce of the claim), holder, lease_until, lease_ms, wanted_until (the last deadline of its
+-- callers), background (wanted without a caller), again (a refresh was asked for while it ran), and w:<inbox channel> = sequence for every waiting process.
 -- Instants are the server's, in microseconds; durations are in milliseconds.
 
 local ENTRY, FLIGHT, ERROR, RUNS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
@@ -81,10 +81,22 @@ local function run_alive(fence, attempt, ms)
   redis.call('PEXPIRE', RUNS, ms + GRACE)
 end
 
-local function register(flight, inbox, sequence)
-  if inbox ~= '' then
-    redis.call('HSET', flight, 'w:' .. inbox, sequence)
+local function register(flight, inbox, sequence, wanted_ms)
+  if inbox == '' then
+    redis.call('HSET', flight, 'background', 1)
+    return
   end
+  local before = tonumber(redis.call('HGET', flight, 'wanted_until')) or 0
+  redis.call('HSET', flight, 'w:' .. inbox, sequence, 'wanted_until', int(math.max(before, now + wanted_ms * 1000)))
+end
+
+local function has_waiters(flight)
+  for _, field in ipairs(redis.call('HKEYS', flight)) do
+    if string.sub(field, 1, 2) == 'w:' then
+      return true
+    end
+  end
+  return false
 end
 
 -- Tell every waiting process of a flight. The fence, of which 64 bits are random, shows that the notice is ours. A

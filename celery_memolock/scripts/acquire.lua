@@ -6,19 +6,21 @@
 --       4 following   fence of the flight whose outcome the caller waits for, or ""
 --       5 inbox       channel of the caller's process, or "" when it will not wait
 --       6 sequence    of this registration
---       7 dispatch    lease of a new flight, ms
---       8 crashes     at most so many before the flight fails
---       9 park        how long an outcome is parked, ms
---      10 form, 11 body of the error for too many crashes
+--       7 wanted      how long the caller is ready to wait, ms
+--       8 dispatch    lease of a new flight, ms
+--       9 crashes     at most so many before the flight fails
+--      10 park        how long an outcome is parked, ms
+--      11 form, 12 body of the error for too many crashes
 --
 -- Returns {"DONE", outcome}
 --         {"WAIT", fence, lease left ms, state, ms in that state}
 --         {"WIN", fence, lease ms}
 local nonce, mode, seen, following, inbox, sequence = unpack(ARGV, 1, 6)
-local dispatch_ms, max_crashes, park_ms = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
+local wanted_ms, dispatch_ms = tonumber(ARGV[7]), tonumber(ARGV[8])
+local max_crashes, park_ms = tonumber(ARGV[9]), tonumber(ARGV[10])
 
 local function wait(flight, fence, left)
-  register(flight, inbox, sequence)
+  register(flight, inbox, sequence, wanted_ms)
   local at = redis.call('HMGET', flight, 'state', 'since')
   return {'WAIT', fence, left, at[1], math.floor((now - tonumber(at[2])) / 1000)}
 end
@@ -51,7 +53,7 @@ local fence, state = flight[1], flight[2]
 if fence then
   local left = lease_left(FLIGHT)
   if state == 'P' and fence == string.match(fence, '^%d+%-') .. nonce then
-    register(FLIGHT, inbox, sequence)
+    register(FLIGHT, inbox, sequence, wanted_ms)
     return {'WIN', fence, left}
   end
   if left > 0 then
@@ -62,7 +64,7 @@ if fence then
   end
   local takeovers = 0
   if state == 'R' then
-    local failure = crashed(max_crashes, ARGV[10], ARGV[11], park_ms)
+    local failure = crashed(max_crashes, ARGV[11], ARGV[12], park_ms)
     if failure then
       return {'DONE', failure}
     end
@@ -83,5 +85,5 @@ redis.call('DEL', ERROR)
 set_state('P')
 local lease_ms = stretched(dispatch_ms)
 set_lease(FLIGHT, lease_ms)
-register(FLIGHT, inbox, sequence)
+register(FLIGHT, inbox, sequence, wanted_ms)
 return {'WIN', fence, lease_ms}

@@ -7,9 +7,10 @@
 --       5 retries      of the message
 --       6 redelivered  "1" if the broker says so
 --       7 overlap      at most so many runs of the key are alive at once
---       8 crashes      at most so many before the flight fails
---       9 park         how long an outcome is parked, ms
---      10 form, 11 body of the error for too many crashes
+--       8 abandon      "1" if a flight that nobody waits for any more need not run
+--       9 crashes      at most so many before the flight fails
+--      10 park         how long an outcome is parked, ms
+--      11 form, 12 body of the error for too many crashes
 --
 -- Returns {"RUN", fence, attempt}
 --         {"DEFER", ms}      ask again after that
@@ -42,8 +43,16 @@ elseif state == 'R' and retries == tonumber(flight[4]) then
     end
     return {'SKIP', 'a duplicate: it runs already'}
   end
-  if crashed(tonumber(ARGV[8]), ARGV[10], ARGV[11], tonumber(ARGV[9])) then
+  if crashed(tonumber(ARGV[9]), ARGV[11], ARGV[12], tonumber(ARGV[10])) then
     return {'SKIP', 'it killed too many workers'}
+  end
+end
+
+if ARGV[8] == '1' then
+  local wanted = redis.call('HMGET', FLIGHT, 'wanted_until', 'background')
+  if not wanted[2] and (tonumber(wanted[1]) or 0) < now and not has_waiters(FLIGHT) then
+    redis.call('DEL', FLIGHT)
+    return {'SKIP', 'nobody waits for it any more'}
   end
 end
 
