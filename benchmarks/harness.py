@@ -43,7 +43,7 @@ def record(name: str, url: str, results: Any, args: argparse.Namespace) -> None:
         "benchmark": name,
         "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": f"python -m benchmarks.{name} "
-        + " ".join(f"--{key} {value}" for key, value in vars(args).items() if key != "json"),
+        + " ".join(f"--{key} {value}" for key, value in vars(args).items() if key != "json" and value != ""),
         "machine": {"processors": os.cpu_count(), "system": platform.system(), "architecture": platform.machine()},
         "versions": {
             "python": platform.python_version(),

@@ -28,7 +28,7 @@ from .protocol import (
     Won,
 )
 
-__all__ = ["Source", "arguments", "load", "parse_notice", "reply", "script_of"]
+__all__ = ["Source", "arguments", "digest", "load", "parse_notice", "reply", "script_of"]
 
 Argument = str | bytes | int
 
@@ -47,7 +47,12 @@ def load(name: str) -> Source:
     """Read a script, with what all scripts share in front."""
     folder = files("celery_memolock") / "scripts"
     text = "\n".join((folder / f"{part}.lua").read_text("utf-8") for part in ("_common", name))
-    return Source(name, text, sha1(text.encode(), usedforsecurity=False).hexdigest())
+    return Source(name, text, digest(text))
+
+
+def digest(text: str) -> str:
+    """Return the name under which the server caches a script of this text."""
+    return sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
 def script_of(effect: Script) -> Source:

@@ -162,7 +162,7 @@ class _Flight:
         # A web process of another version may know other options.
         overrides = {name: value for name, value in ticket.overrides.items() if name in CALL_OPTIONS}
         self._call = Call(task.name, ticket.keys, memo.options.override(overrides), memo.codec)
-        self._run: Run | None = None
+        self.run: Run | None = None
         self._goes_on = False
         self._left_by: BaseException | None = None
 
@@ -173,7 +173,7 @@ class _Flight:
 
         def body(run: Run) -> Returned | Raised | GoesOn:
             nonlocal outcome
-            self._run = run
+            self.run = run
             request.memolock_flight = self
             token = computing.set((*self._ticket.chain, self._ticket.keys.entry))
             try:
@@ -210,11 +210,11 @@ class _Flight:
         Raises:
             Ignore: an invalidation or a take-over made this flight worthless, and a retry would be in vain.
         """
-        assert self._run is not None
+        assert self.run is not None
         self._goes_on = True
         lease = delay + self._call.options.queue_timeout
         try:
-            answer = self._engine.store.run(Requeue(self._ticket.keys, self._run, retries, lease))
+            answer = self._engine.store.run(Requeue(self._ticket.keys, self.run, retries, lease))
         except StoreUnavailable as error:
             # The message's higher count of retries shows the server that the earlier attempt is over.
             logger.warning("memolock could not requeue key %s: %s", self._call.keys.tag, error)

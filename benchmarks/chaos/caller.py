@@ -1,0 +1,91 @@
+"""One web process of the storm: threads that ask, and one that changes the source and invalidates."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import threading
+import time
+
+from benchmarks.chaos.tasks import WAIT, SourceDown, app, value, witness
+from celery_memolock import MemoLockError, WaitTimeout
+from celery_memolock.engines.celery import store_of
+
+KEYS = 5
+THREADS = 10
+PATIENCE = 10.0  # seconds beyond wait_timeout after which a call counts as hung
+
+RAISE_VERSION = """
+if tonumber(ARGV[1]) > tonumber(redis.call('GET', KEYS[1]) or 0) then redis.call('SET', KEYS[1], ARGV[1]) end
+"""
+
+
+def ask(rng: random.Random, until: float) -> None:
+    """Ask for values, and hold each against what was acknowledged before the call."""
+    while time.monotonic() < until:
+        key = f"k{rng.randrange(KEYS)}"
+        acknowledged = int(witness.get(f"acknowledged:{key}") or 0)  # type: ignore[arg-type]
+        began = time.monotonic()
+        try:
+            answer = value.with_options(wait_timeout=WAIT).get_cached(key)
+        except SourceDown:
+            outcome = "source errors"
+        except WaitTimeout as error:
+            outcome = "time-outs"
+            witness.rpush("messages", str(error))
+        except MemoLockError as error:
+            outcome = type(error).__name__
+        else:
+            outcome = "answers"
+            if answer[0] != key:
+                violation("wrong values", [key, answer[:2]])
+            elif int(str(answer[1])) < acknowledged:
+                violation("stale answers", [key, answer[:2], acknowledged, began, time.monotonic()])
+        took = time.monotonic() - began
+        if took > WAIT + PATIENCE:
+            violation("hung callers", [key, took])
+        witness.hincrby("counts", outcome, 1)
+        time.sleep(rng.random() * 0.05)
+
+
+def change(rng: random.Random, until: float) -> None:
+    """Change the source and invalidate, now and then in a burst; sometimes refresh or set a value instead."""
+    while time.monotonic() < until:
+        key = f"k{rng.randrange(KEYS)}"
+        try:
+            for _ in range(10 if rng.random() < 0.1 else 1):
+                version = witness.incr(f"source:{key}")
+                value.invalidate(key)
+                witness.eval(RAISE_VERSION, 1, f"acknowledged:{key}", version)
+            if rng.random() < 0.2:
+                value.refresh(key)
+        except MemoLockError as error:
+            witness.hincrby("counts", f"change: {type(error).__name__}", 1)
+        time.sleep(rng.random())
+
+
+def violation(kind: str, what: object) -> None:
+    """Write down what must never happen."""
+    witness.hincrby("violations", kind, 1)
+    witness.rpush("messages", f"{kind}: {json.dumps(what)}")
+
+
+def main() -> None:
+    seconds, seed = float(sys.argv[1]), int(sys.argv[2])
+    until = time.monotonic() + seconds
+    crowd = [threading.Thread(target=ask, args=(random.Random(seed + n), until), daemon=True) for n in range(THREADS)]
+    crowd.append(threading.Thread(target=change, args=(random.Random(seed - 1), until), daemon=True))
+    for thread in crowd:
+        thread.start()
+    for thread in crowd:
+        thread.join(max(0.0, until - time.monotonic()) + WAIT + PATIENCE)
+    for thread in crowd:
+        if thread.is_alive():
+            violation("hung callers", "at the end")
+    if len(store_of(app).inbox.rooms):
+        violation("leaked rooms", len(store_of(app).inbox.rooms))
+
+
+if __name__ == "__main__":
+    main()
