@@ -1,0 +1,472 @@
+"""A state machine against a real server: every step in every order, with a simple model of one key as its oracle.
+
+The steps are those of callers, workers, brokers and operators. What takes time in life is a step here: a lease that
+passes, an entry that expires, a message that is lost, doubled or late.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from benchmarks.chaos.broken import MUTANTS, break_build
+from celery_memolock import wire
+from celery_memolock.codec import Codec, Entry, pack_error
+from celery_memolock.errors import FlightFailed
+from celery_memolock.keys import Keys
+from celery_memolock.options import Options
+from celery_memolock.protocol import (
+    Acquire,
+    Claim,
+    Confirm,
+    Defer,
+    Disown,
+    Done,
+    Invalidate,
+    Leave,
+    Put,
+    Renew,
+    Requeue,
+    Run,
+    Settle,
+    Skip,
+    Waiting,
+    Won,
+    new_nonce,
+)
+from celery_memolock.rooms import Place
+from celery_memolock.server import Server
+from celery_memolock.store import Store
+
+OPTIONS = Options(ttl=600, lease=600, dispatch_lease=600, queue_timeout=600, max_crashes=3, max_overlap=2)
+CODEC = Codec("machine", OPTIONS)
+CRASHED = pack_error(FlightFailed("crashed"))
+FAILED = pack_error(FlightFailed("failed"))
+PARK = 600.0
+
+
+@dataclass
+class Flight:
+    """What the model knows of a flight."""
+
+    fence: str
+    state: str = "P"
+    attempt: int = 0
+    retries: int = 0
+    crashes: int = 0
+    lapsed: bool = False
+    holder: str = ""
+    claim: str = ""
+
+
+@dataclass(frozen=True)
+class Working:
+    """A worker in the middle of a run; `version` is what it read from the source at its start."""
+
+    run: Run
+    version: int
+    holder: str
+
+
+@dataclass
+class Caller:
+    """A caller that waits. `floor` is what had been invalidated before its call."""
+
+    floor: int
+    following: str
+    sequence: int = 0
+
+
+@dataclass
+class Model:
+    """One key."""
+
+    version: int = 0
+    entry: tuple[str, int] | None = None
+    flight: Flight | None = None
+    aside: dict[str, Flight] = field(default_factory=dict)
+    parked: dict[str, int | None] = field(default_factory=dict)
+    alive: set[tuple[str, int]] = field(default_factory=set)
+
+
+class OneKey(RuleBasedStateMachine):
+    """The rules are the steps; each compares the server's answer with the model's."""
+
+    store: Store
+    client: redis.Redis
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = Keys.of("machine", f"t:1:{new_nonce()}")
+        self.model = Model()
+        self.callers: list[Caller] = []
+        self.undispatched: list[str] = []
+        self.messages: list[tuple[str, int]] = []
+        self.working: list[Working] = []
+        self.ran: set[tuple[str, int]] = set()
+        self.sequence = 0
+
+    # ---- callers
+
+    def look(self, caller: Caller) -> Any:
+        self.sequence += 1
+        reply = self.store.run(
+            Acquire(self.keys, OPTIONS, new_nonce(), "miss", "", caller.following, self.sequence, 30.0, PARK, CRASHED)
+        )
+        model = self.model
+        if caller.following in model.parked:
+            self.check_done(reply, model.parked[caller.following], caller)
+        elif caller.following in model.aside and not model.aside[caller.following].lapsed:
+            assert isinstance(reply, Waiting)
+            assert reply.fence == caller.following
+        elif model.entry is not None:
+            self.check_done(reply, model.entry[1], caller)
+        elif model.flight is not None and not model.flight.lapsed:
+            assert isinstance(reply, Waiting)
+            assert (reply.fence, reply.state) == (model.flight.fence, model.flight.state)
+        else:
+            crashes = 0
+            if model.flight is not None:
+                crashes = model.flight.crashes + (model.flight.state == "R")
+                if model.flight.state == "R" and crashes >= OPTIONS.max_crashes:
+                    self.check_done(reply, None, caller)
+                    model.parked[model.flight.fence] = None
+                    model.flight = None
+                    return
+            assert isinstance(reply, Won)
+            model.flight = Flight(reply.fence, crashes=crashes)
+            self.undispatched.append(reply.fence)
+        if isinstance(reply, Waiting | Won):
+            caller.following, caller.sequence = reply.fence, self.sequence
+            if caller not in self.callers:
+                self.callers.append(caller)
+
+    def check_done(self, reply: Any, version: int | None, caller: Caller) -> None:
+        assert isinstance(reply, Done)
+        entry = Entry.parse(reply.raw)
+        assert entry.failed == (version is None)
+        if version is not None:
+            assert CODEC.unpack(entry) == version
+            assert version >= caller.floor, "a caller got data older than an invalidation before its call"
+        if caller in self.callers:
+            self.callers.remove(caller)
+
+    @rule(then=st.sampled_from(["confirm", "confirm", "claim", "no confirm", "nothing"]), doubled=st.booleans())
+    def call(self, then: str, doubled: bool) -> None:
+        """Most flights go on at once: steps drawn one by one would hardly ever come so far."""
+        self.look(Caller(self.model.version, ""))
+        if self.undispatched and then != "nothing":
+            self.dispatch_now(then != "no confirm")
+            self.messages += self.messages[-1:] * doubled
+            if then == "claim":
+                self.claim_now(self.messages[-1], False)
+
+    @precondition(lambda self: self.callers)
+    @rule(data=st.data())
+    def look_again(self, data: st.DataObject) -> None:
+        self.look(data.draw(st.sampled_from(self.callers)))
+
+    @precondition(lambda self: self.callers)
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        caller = data.draw(st.sampled_from(self.callers))
+        self.callers.remove(caller)
+        self.store.run(Leave(self.keys, Place(caller.following, caller.sequence)))
+
+    # ---- the broker
+
+    @precondition(lambda self: self.undispatched)
+    @rule(confirmed=st.booleans())
+    def dispatch(self, confirmed: bool) -> None:
+        self.dispatch_now(confirmed)
+
+    def dispatch_now(self, confirmed: bool) -> None:
+        fence = self.undispatched.pop()
+        self.messages.append((fence, 0))
+        if confirmed:
+            flight = self.model.flight
+            expected = flight is not None and flight.fence == fence and flight.state == "P"
+            assert self.store.run(Confirm(self.keys, fence, 600.0)) is expected
+            if expected and flight is not None:
+                flight.state, flight.lapsed = "Q", False
+
+    @precondition(lambda self: self.undispatched)
+    @rule()
+    def dispatch_fails(self) -> None:
+        self.settle_or_fail(Run(self.undispatched.pop(), 0), None)
+
+    @precondition(lambda self: self.messages)
+    @rule(data=st.data())
+    def message_doubled(self, data: st.DataObject) -> None:
+        self.messages.append(data.draw(st.sampled_from(self.messages)))
+
+    @precondition(lambda self: self.messages)
+    @rule(data=st.data())
+    def message_lost(self, data: st.DataObject) -> None:
+        self.messages.remove(data.draw(st.sampled_from(self.messages)))
+
+    # ---- workers
+
+    @precondition(lambda self: self.messages)
+    @rule(data=st.data(), redelivered=st.booleans())
+    def claim(self, data: st.DataObject, redelivered: bool) -> None:
+        self.claim_now(data.draw(st.sampled_from(self.messages)), redelivered)
+
+    def claim_now(self, message: tuple[str, int], redelivered: bool) -> None:
+        self.messages.remove(message)
+        fence, retries = message
+        holder = f"holder-{new_nonce()}"
+        effect = Claim(self.keys, OPTIONS, fence, new_nonce(), holder, retries, redelivered, PARK, CRASHED)
+        reply = self.store.run(effect)
+        assert self.store.run(effect) == reply or not isinstance(reply, Run), "a repeat must get the same answer"
+        flight = self.model.flight
+        if flight is None:
+            assert isinstance(reply, Skip)
+            return
+        if flight.fence != fence:
+            older = int(fence.split("-")[0]) <= int(flight.fence.split("-")[0])
+            if flight.state == "R" or not older:
+                assert isinstance(reply, Skip)
+                return
+        elif retries < flight.retries:
+            assert isinstance(reply, Skip)
+            return
+        elif flight.state == "R" and retries == flight.retries:
+            if not flight.lapsed:
+                assert isinstance(reply, Defer if redelivered else Skip)
+                if redelivered:
+                    self.messages.append(message)
+                return
+            flight.crashes += 1
+            if flight.crashes >= OPTIONS.max_crashes:
+                assert isinstance(reply, Skip)
+                self.model.parked[flight.fence] = None
+                self.model.flight = None
+                return
+        if len(self.model.alive) >= OPTIONS.max_overlap:
+            assert isinstance(reply, Defer)
+            # The repeat of a deferred claim is a second question, and may be counted as a crash only once.
+            flight.state, flight.lapsed = "Q", False
+            self.messages.append(message)
+            return
+        assert isinstance(reply, Run)
+        flight.attempt += 1
+        flight.state, flight.retries, flight.lapsed, flight.holder = "R", retries, False, holder
+        assert reply == Run(flight.fence, flight.attempt)
+        assert (reply.fence, reply.attempt) not in self.ran, "one attempt ran twice"
+        self.ran.add((reply.fence, reply.attempt))
+        self.model.alive.add((reply.fence, reply.attempt))
+        self.working.append(Working(reply, self.model.version, holder))
+
+    @precondition(lambda self: self.working)
+    @rule(data=st.data(), fails=st.booleans())
+    def settle(self, data: st.DataObject, fails: bool) -> None:
+        work = data.draw(st.sampled_from(self.working))
+        self.working.remove(work)
+        self.settle_or_fail(work.run, None if fails else work.version)
+
+    def settle_or_fail(self, run: Run, version: int | None) -> None:
+        kind, outcome = ("E", FAILED) if version is None else ("V", CODEC.pack(version))
+        effect = Settle(self.keys, run, kind, outcome, 0.0 if version is None else 600.0, PARK)  # type: ignore[arg-type]
+        answer = self.store.run(effect)
+        model = self.model
+        if model.flight is not None and (model.flight.fence, model.flight.attempt) == (run.fence, run.attempt):
+            assert answer == "OK"
+            model.flight = None
+            model.alive.discard((run.fence, run.attempt))
+            if version is None:
+                model.parked[run.fence] = None
+            else:
+                model.entry = (run.fence, version)
+        elif run.fence in model.aside and model.aside[run.fence].attempt == run.attempt:
+            assert answer == "DETACHED"
+            del model.aside[run.fence]
+            model.alive.discard((run.fence, run.attempt))
+            model.parked[run.fence] = version
+        else:
+            known = run.fence in model.parked or (model.entry is not None and model.entry[0] == run.fence)
+            assert answer == ("OK" if known else "REFUSED")
+        if answer in ("OK", "DETACHED"):
+            assert self.store.run(effect) == "OK", "a repeat must not be refused"
+
+    @precondition(lambda self: self.working)
+    @rule(data=st.data())
+    def retry(self, data: st.DataObject) -> None:
+        work = data.draw(st.sampled_from(self.working))
+        self.working.remove(work)
+        flight = self.model.flight
+        retries = 1 + (flight.retries if flight else 0)
+        answer = self.store.run(Requeue(self.keys, work.run, retries, 600.0))
+        if flight is not None and (flight.fence, flight.attempt) == (work.run.fence, work.run.attempt):
+            assert answer == "OK"
+            flight.state, flight.retries, flight.lapsed = "Q", retries, False
+            self.messages.append((work.run.fence, retries))
+        elif work.run.fence in self.model.aside and self.model.aside[work.run.fence].attempt == work.run.attempt:
+            assert answer == "DETACHED"
+            del self.model.aside[work.run.fence]
+        else:
+            assert answer == "LOST"
+            return
+        self.model.alive.discard((work.run.fence, work.run.attempt))
+
+    @precondition(lambda self: self.working)
+    @rule(data=st.data())
+    def renew(self, data: st.DataObject) -> None:
+        work = data.draw(st.sampled_from(self.working))
+        answer = self.store.run(Renew(self.keys, work.run, 600.0))
+        found = "LOST"
+        for name, flight in (("CONTINUE", self.model.flight), ("DETACHED", self.model.aside.get(work.run.fence))):
+            if flight and flight.state == "R" and (flight.fence, flight.attempt) == (work.run.fence, work.run.attempt):
+                flight.lapsed = False
+                found = name
+                self.model.alive.add((work.run.fence, work.run.attempt))
+                break
+        assert answer == found
+
+    @precondition(lambda self: self.working)
+    @rule(data=st.data())
+    def worker_dies_unseen(self, data: st.DataObject) -> None:
+        self.working.remove(data.draw(st.sampled_from(self.working)))
+
+    @precondition(lambda self: self.working)
+    @rule(data=st.data(), told=st.booleans())
+    def worker_dies_seen(self, data: st.DataObject, told: bool) -> None:
+        """The main process knows: without an outcome others may take over, with one the flight fails."""
+        work = data.draw(st.sampled_from(self.working))
+        self.working.remove(work)
+        concerned = self.store.run(Disown(self.keys, work.run.fence, work.holder, FAILED if told else None, PARK))
+        for home in (self.model.flight, self.model.aside.get(work.run.fence)):
+            if home is not None and home.state == "R" and home.holder == work.holder:
+                assert concerned
+                self.model.alive.discard((work.run.fence, work.run.attempt))
+                if told:
+                    self.model.parked[home.fence] = None
+                    self.model.aside.pop(home.fence, None)
+                    if home is self.model.flight:
+                        self.model.flight = None
+                else:
+                    home.lapsed = True
+                return
+        assert not concerned
+
+    # ---- operators and time
+
+    @precondition(lambda self: self.model.entry is not None or self.model.flight is not None)
+    @rule()
+    def invalidate(self) -> None:
+        model = self.model
+        model.version += 1
+        assert self.store.run(Invalidate(self.keys)) is (model.entry is not None)
+        model.entry = None
+        if model.flight is not None:
+            if model.flight.state == "R":
+                model.aside[model.flight.fence] = model.flight
+                model.flight = None
+            elif model.flight.state == "Q" and model.flight.attempt:
+                model.flight.attempt += 1
+
+    @precondition(lambda self: self.model.flight is not None)
+    @rule()
+    def set_cached(self) -> None:
+        model = self.model
+        effect = Put(self.keys, new_nonce(), CODEC.pack(model.version), 600.0, PARK, False)
+        fence = self.store.run(effect)
+        assert self.store.run(effect) == fence
+        model.entry = (fence, model.version)
+        model.flight = None
+
+    @precondition(lambda self: self.model.entry is not None)
+    @rule()
+    def entry_expires(self) -> None:
+        self.client.delete(self.keys.entry)
+        self.model.entry = None
+
+    @precondition(lambda self: self.model.flight is not None or self.model.aside)
+    @rule()
+    def leases_pass(self) -> None:
+        """All of them at once, and the runs no longer count as alive."""
+        past = f"{(time.time() - 1) * 1e6:.0f}"
+        flight = self.keys.all[1]
+        if self.model.flight is not None:
+            self.client.hset(flight, "lease_until", past)
+            self.model.flight.lapsed = True
+        for fence, aside in self.model.aside.items():
+            self.client.hset(flight.replace(":f:", f":d:{fence}:"), "lease_until", past)
+            aside.lapsed = True
+        self.client.delete(self.keys.all[3])
+        self.model.alive.clear()
+
+    # ---- what always holds
+
+    @invariant()
+    def every_key_has_a_time_to_live(self) -> None:
+        for key in self.client.scan_iter(f"*{self.keys.tag}*"):
+            assert self.client.pttl(key) != -1, key
+
+    @invariant()
+    def the_server_agrees(self) -> None:
+        model = self.model
+        raw: Any = self.client.get(self.keys.entry)
+        assert (raw is None) == (model.entry is None)
+        if raw is not None and model.entry is not None:
+            entry = Entry.parse(raw)
+            assert (entry.fence, CODEC.unpack(entry)) == model.entry
+            assert model.entry[1] == model.version, "a stored value was computed before the last invalidation"
+        state: Any = self.client.hmget(self.keys.all[1], "fence", "state", "attempt")
+        if model.flight is None:
+            assert state == [None, None, None]
+        else:
+            flight = model.flight
+            assert state == [flight.fence.encode(), flight.state.encode(), str(flight.attempt).encode()]
+
+
+@pytest.fixture
+def machine(any_server: Server) -> Iterator[type[OneKey]]:
+    """The machine at a server."""
+    OneKey.store = Store.from_url(any_server.url, "machine")
+    OneKey.client = redis.Redis.from_url(any_server.url)
+    yield OneKey
+    OneKey.store.close()
+    OneKey.client.close()
+
+
+def test_every_order_of_steps(machine: type[OneKey]) -> None:
+    """Whatever the order, the server does what the model does, and S1, S2, S3 and S6 hold."""
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=150,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+        ),
+    )
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_broken_builds_are_caught(mutant: str, machine: type[OneKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine finds each of the deliberately broken scripts."""
+    monkeypatch.setattr(wire, "load", wire.load)  # put back what break_build replaces
+    break_build(mutant)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=1000,
+                stateful_step_count=40,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+                database=None,
+                phases=[Phase.generate],
+                print_blob=False,
+            ),
+        )
