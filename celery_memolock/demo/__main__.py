@@ -1,0 +1,5 @@
+"""``python -m celery_memolock.demo``."""
+
+from .command import command
+
+command()
