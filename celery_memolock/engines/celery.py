@@ -569,7 +569,8 @@ def memolocked_task(*, ttl: float | timedelta, app: Any = None, **options: Any) 
             signature = signature.replace(parameters=list(signature.parameters.values())[1:])
         KeyMaker(function.__name__, signature, checked)
         if app is not None:
-            return app.task(memolock=ours, **options)(function)
+            # Celery would register the task with all other apps of the process as well.
+            return app.task(memolock=ours, **{"shared": False, **options})(function)
         share: Any = celery.shared_task
         share(memolock=ours, **options)(function)
 

@@ -1,0 +1,150 @@
+"""Real workers over real brokers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from celery_memolock.server import Server
+from tests.conftest import missing
+from tests.workers import shop
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Worker:
+    """A worker of the shop in a process group of its own."""
+
+    def __init__(self, environment: dict[str, str], log: Path, *flags: str) -> None:
+        command = [sys.executable, "-m", "celery", "-A", "tests.workers.shop", "worker", "--loglevel", "INFO", *flags]
+        self.log = log
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                [*command, "--hostname", f"{uuid.uuid4().hex[:8]}@tests"],
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def await_ready(self) -> None:
+        """Return when it consumes its queue."""
+        ready = threading.Event()
+        while " ready." not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            ready.wait(0.02)
+
+    def kill(self) -> None:
+        """Kill it with all its children."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End it in good order."""
+        self.process.terminate()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            pass
+        self.kill()
+
+
+Start = Callable[..., shop.Shop]
+
+
+@contextmanager
+def _vhost() -> Iterator[str]:
+    """A virtual host of the tests' own on the RabbitMQ node of this machine."""
+    control = shutil.which("rabbitmqctl")
+    if control is None or subprocess.run([control, "-q", "status"], capture_output=True).returncode:
+        missing("no RabbitMQ node that rabbitmqctl may use: the AMQP lane is left out")
+    name = f"memolock-{uuid.uuid4().hex[:8]}"
+    for command in (["add_vhost", name], ["set_permissions", "-p", name, "guest", ".*", ".*", ".*"]):
+        subprocess.run([str(control), "-q", *command], check=True, capture_output=True)
+    try:
+        yield f"amqp://guest:guest@127.0.0.1:5672/{name}"
+    finally:
+        subprocess.run([str(control), "-q", "delete_vhost", name], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def amqp() -> Iterator[str]:
+    """The URL of a virtual host of our own."""
+    with _vhost() as url:
+        yield url
+
+
+@contextmanager
+def _starting(folder: Path) -> Iterator[Callable[..., Any]]:
+    with ExitStack() as stack:
+
+        def start(broker: str, store: str, *flags: str, **settings: str) -> tuple[shop.Shop, Worker]:
+            prefix = settings.pop("prefix", None) or f"t{uuid.uuid4().hex[:8]}"
+            environment = {"SHOP_BROKER": broker, "SHOP_STORE": store, "SHOP_PREFIX": prefix}
+            environment |= {f"SHOP_{name.upper()}": value for name, value in settings.items()}
+            worker = Worker(environment, folder / f"{uuid.uuid4().hex[:8]}.log", *flags)
+            stack.callback(worker.stop)
+            worker.await_ready()
+            return shop.make(broker, store, prefix, result_backend=settings.get("results")), worker
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def start_for_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Start a worker that lives as long as the tests."""
+    with _starting(tmp_path_factory.mktemp("workers")) as start:
+        yield start
+
+
+@pytest.fixture
+def start_worker(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Start a worker for one test → its shop, and the worker."""
+    with _starting(tmp_path) as start:
+        yield start
+
+
+@pytest.fixture(scope="session", params=[pytest.param("redis"), pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
+def any_shop(
+    request: pytest.FixtureRequest, server: Server, start_for_all: Callable[..., Any]
+) -> tuple[shop.Shop, str, str]:
+    """A shop with a running worker over each broker in turn, with the broker's and the store's URL."""
+    broker = server.url if request.param == "redis" else request.getfixturevalue("amqp")
+    made, _ = start_for_all(broker, server.url, "--concurrency", "4", results=server.url)
+    return made, broker, server.url
+
+
+@pytest.fixture
+def key() -> str:
+    """A key that no other test uses."""
+    return f"key-{uuid.uuid4().hex[:8]}"
+
+
+def in_background(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+    """Call in a thread of its own."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*args, **kwargs))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

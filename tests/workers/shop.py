@@ -1,0 +1,158 @@
+"""The app of these tests: made once by each worker from its environment, and by each test from its fixtures."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import redis
+from celery import Celery, Task
+
+from celery_memolock import MemoLockTask, memolocked_task
+
+
+class Sold(Exception):
+    """An exception of the application's own."""
+
+
+@dataclass
+class Shop:
+    """An app, its tasks, and the records of their runs in the store's server."""
+
+    app: Celery
+    records: redis.Redis
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.tasks[name]
+
+    def ran(self, key: str) -> int:
+        """How often the tasks ran for a key."""
+        return int(self.records.llen(f"ran:{key}"))  # type: ignore[arg-type]
+
+    def await_start(self, key: str) -> int:
+        """Wait until a gated run of a key begins; return its process id."""
+        found: Any = self.records.blpop([f"started:{key}"], 30)
+        assert found is not None, f"no run of {key!r} began"
+        return int(found[1])
+
+    def open_gate(self, key: str, value: str = "open") -> None:
+        """Let a gated run of a key end with a value."""
+        self.records.rpush(f"gate:{key}", value)
+
+
+def make(broker: str, store: str, prefix: str, **conf: Any) -> Shop:
+    """Make the app with all its tasks."""
+    app = Celery("tests.workers.shop", broker=broker)
+    app.conf.update(
+        memolock_redis_url=store,
+        memolock_prefix=prefix,
+        memolock_lease=1.0,
+        memolock_poll_interval=0.5,
+        task_default_queue=prefix,
+        worker_prefetch_multiplier=1,
+        broker_connection_retry_on_startup=True,
+        **conf,
+    )
+    records: Any = redis.Redis.from_url(store, socket_timeout=60, max_connections=1000)
+
+    def ran(key: str) -> None:
+        records.rpush(f"ran:{key}", f"{os.getpid()} {time.monotonic()}")
+
+    @memolocked_task(app=app, ttl=60, name="shop.stock")
+    def stock(key: str, value: Any = "stock") -> Any:
+        ran(key)
+        return [key, value]
+
+    @memolocked_task(app=app, ttl=60, name="shop.plain")
+    def plain(key: str, value: Any = None) -> Any:
+        ran(key)
+        return value
+
+    @memolocked_task(app=app, ttl=60, name="shop.slow")
+    def slow(key: str, seconds: float) -> str:
+        ran(key)
+        time.sleep(seconds)
+        return key
+
+    @memolocked_task(app=app, ttl=60, name="shop.gated")
+    def gated(key: str) -> str:
+        ran(key)
+        records.rpush(f"started:{key}", os.getpid())
+        return str(records.blpop([f"gate:{key}"], 55)[1].decode())
+
+    @memolocked_task(app=app, ttl=60, name="shop.failing", error_ttl=30)
+    def failing(key: str) -> str:
+        ran(key)
+        raise Sold(key, 7)
+
+    @memolocked_task(app=app, ttl=60, name="shop.unencodable", max_value_size=1000, error_ttl=30)
+    def unencodable(key: str, kind: str) -> Any:
+        ran(key)
+        return {1, 2} if kind == "set" else "x" * 2000
+
+    @memolocked_task(app=app, ttl=60, name="shop.bound", bind=True)
+    def bound(self: Any, key: str) -> list[Any]:
+        ran(key)
+        return [key, self.name, bool(self.request.id)]
+
+    @memolocked_task(
+        app=app, ttl=60, name="shop.flaky", bind=True, autoretry_for=(KeyError,), default_retry_delay=0, max_retries=5
+    )
+    def flaky(self: Any, key: str, failures: int) -> int:
+        ran(key)
+        if self.request.retries < failures:
+            raise KeyError(key)
+        return int(self.request.retries)
+
+    @memolocked_task(app=app, ttl=60, name="shop.retrying", bind=True, max_retries=1)
+    def retrying(self: Any, key: str, failures: int) -> int:
+        ran(key)
+        if self.request.retries < failures:
+            raise self.retry(exc=Sold(key), countdown=0.1)
+        return int(self.request.retries)
+
+    @memolocked_task(app=app, ttl=60, name="shop.outer")
+    def outer(key: str) -> list[Any]:
+        ran(key)
+        return [stock.get_cached(f"inner of {key}"), stock.get_cached(f"inner of {key}")]
+
+    @memolocked_task(app=app, ttl=60, name="shop.circle")
+    def circle(key: str) -> Any:
+        ran(key)
+        return circle.get_cached(key)
+
+    @app.task(base=MemoLockTask, shared=False, name="shop.with_base", memolock={"ttl": 60, "ignore": ("request",)})
+    def with_base(key: str, request: str = "") -> str:
+        ran(key)
+        return key + request
+
+    class ByClass(MemoLockTask[[str], str]):
+        name = "shop.by_class"
+        memolock: ClassVar[dict[str, Any]] = {"ttl": 60, "key": "{key}"}
+
+        def run(self, key: str) -> str:
+            ran(key)
+            return key.upper()
+
+    @app.task(shared=False, name="shop.add")
+    def add(left: int, right: int) -> int:
+        return left + right
+
+    by_class: Task[Any, Any] = app.register_task(ByClass())
+    tasks = [stock, plain, slow, gated, failing, unencodable, bound, flaky, retrying, outer, circle, with_base, add]
+    named = {task.name.removeprefix("shop."): task for task in [*tasks, by_class]}
+    return Shop(app, records, named)
+
+
+if "SHOP_BROKER" in os.environ:
+    shop = make(
+        os.environ["SHOP_BROKER"],
+        os.environ["SHOP_STORE"],
+        os.environ["SHOP_PREFIX"],
+        task_acks_late=os.environ.get("SHOP_ACKS") == "late",
+        result_backend=os.environ.get("SHOP_RESULTS"),
+    )
+    app = shop.app

@@ -1,0 +1,150 @@
+"""A memolocked task stays a Celery task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from celery import chain, group
+
+from celery_memolock import MISS, FlightFailed, ReentrantFlight, WaitTimeout, memolocked_task
+from celery_memolock.server import Server
+from tests.workers.shop import Shop, Sold
+
+AnyShop = tuple[Shop, str, str]
+
+
+def test_delay_touches_no_cache(any_shop: AnyShop, key: str) -> None:
+    """`delay` runs the task as always, each time, and neither reads nor fills the cache."""
+    made, *_ = any_shop
+    for count in (1, 2):
+        assert made.stock.delay(key).get(timeout=30) == [key, "stock"]
+        assert made.ran(key) == count
+    assert made.stock.peek(key) is MISS
+
+
+def test_canvas(any_shop: AnyShop, key: str) -> None:
+    """Chains, groups and links carry the task as any other."""
+    made, *_ = any_shop
+    assert chain(made.add.s(1, 2), made.add.s(3)).apply_async().get(timeout=30) == 6
+    assert chain(made.plain.s(key, 4), made.add.s(3)).apply_async().get(timeout=30) == 7
+    assert group(made.plain.s(f"{key}-{n}", n) for n in range(3)).apply_async().get(timeout=30) == [0, 1, 2]
+
+
+def test_bound_task(any_shop: AnyShop, key: str) -> None:
+    """`self` is the task with its request, and no part of the key."""
+    made, *_ = any_shop
+    assert made.bound.get_cached(key) == [key, "shop.bound", True]
+    assert made.bound.peek(key=key) == [key, "shop.bound", True]
+
+
+@pytest.mark.parametrize("name", ["with_base", "by_class"])
+def test_other_ways_to_define(any_shop: AnyShop, key: str, name: str) -> None:
+    """`base=MemoLockTask` and a class of one's own work as the decorator does."""
+    made, *_ = any_shop
+    expected = key.upper() if name == "by_class" else key
+    assert made.tasks[name].get_cached(key) == expected
+    assert made.tasks[name].get_cached(key) == expected
+    assert made.ran(key) == 1
+
+
+def test_ignored_argument(any_shop: AnyShop, key: str) -> None:
+    """An ignored argument reaches the task, but makes no other key."""
+    made, *_ = any_shop
+    assert made.with_base.get_cached(key, request="!") == f"{key}!"
+    assert made.with_base.get_cached(key, request="?") == f"{key}!"
+
+
+@pytest.mark.parametrize(("name", "failures", "expected"), [("flaky", 3, 3), ("retrying", 1, 1)])
+def test_one_flight_through_all_retries(any_shop: AnyShop, key: str, name: str, failures: int, expected: int) -> None:
+    """Waiters wait through autoretry and `self.retry`, and get the last attempt's value."""
+    made, *_ = any_shop
+    assert made.tasks[name].get_cached(key, failures) == expected
+    assert made.ran(key) == failures + 1
+
+
+def test_exhausted_retries(any_shop: AnyShop, key: str) -> None:
+    """When no retry is left the error reaches the waiters."""
+    made, *_ = any_shop
+    with pytest.raises(Sold):
+        made.retrying.get_cached(key, 5)
+    assert made.ran(key) == 2
+
+
+def test_circle(any_shop: AnyShop, key: str) -> None:
+    """A task that asks for its own key hears so at once."""
+    made, *_ = any_shop
+    with pytest.raises(ReentrantFlight, match=key[:3]):
+        made.circle.get_cached(key)
+
+
+def test_wrong_arguments(any_shop: AnyShop, key: str) -> None:
+    """Wrong arguments are the `TypeError` of a call, and nothing is dispatched."""
+    made, *_ = any_shop
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'key'"):
+        made.stock.get_cached()
+    with pytest.raises(TypeError, match=r"argument 'value' of task 'shop\.stock', a set"):
+        made.stock.get_cached(key, {1})
+    assert made.ran(key) == 0
+
+
+def test_unknown_task(any_shop: AnyShop, key: str) -> None:
+    """A task that the worker does not know fails for its callers at once."""
+    made, *_ = any_shop
+
+    @memolocked_task(app=made.app, ttl=5, name=f"shop.unknown.{key}")
+    def unknown(key: str) -> str:
+        return key
+
+    with pytest.raises(FlightFailed, match="not registered on worker"):
+        unknown.get_cached(key)
+
+
+def test_time_out_while_running(any_shop: AnyShop, key: str) -> None:
+    """A time-out says that the task is running; the flight goes on, and leaves no registration."""
+    made, *_ = any_shop
+    with pytest.raises(WaitTimeout, match=r"RUNNING for 0\.\d s"):
+        made.gated.with_options(wait_timeout=0.8).get_cached(key)
+    flight = made.gated.memo.call((key,), {}).keys.all[1]
+    assert not [field for field in made.records.hkeys(flight) if field.startswith(b"w:")]  # type: ignore[union-attr]
+    made.open_gate(key, "late")
+    assert made.gated.get_cached(key) == "late"
+
+
+def test_time_out_in_the_queue(server: Server, prefix: str, key: str) -> None:
+    """Without a worker the time-out says that the message is QUEUED."""
+    from tests.workers.shop import make
+
+    made = make(server.url, server.url, prefix)
+    with pytest.raises(WaitTimeout, match=r"QUEUED for 0\.\d s .*no worker took it"):
+        made.stock.with_options(wait_timeout=0.5).get_cached(key)
+
+
+def test_nested_on_a_pool_of_one(server: Server, start_worker: Callable[..., Any], key: str) -> None:
+    """A task that needs another value computes it itself, so a pool of one cannot wait for itself."""
+    made, _ = start_worker(server.url, server.url, "--concurrency", "1")
+    inner = f"inner of {key}"
+    assert made.outer.get_cached(key) == [[inner, "stock"], [inner, "stock"]]
+    assert made.ran(inner) == 1
+
+
+def test_routing(server: Server, start_worker: Callable[..., Any], key: str) -> None:
+    """A flight's message goes where Celery routes the task."""
+    made, _ = start_worker(server.url, server.url, "--queues", f"special-{key}")
+    made.app.conf.task_routes = {"shop.stock": {"queue": f"special-{key}"}}
+    assert made.stock.get_cached(key) == [key, "stock"]
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo", "gevent"])
+def test_other_pools(server: Server, start_worker: Callable[..., Any], key: str, pool: str) -> None:
+    """Flights run in every pool: values, failures, retries, nesting."""
+    made, _ = start_worker(server.url, server.url, "--pool", pool, "--concurrency", "2")
+    assert made.stock.get_cached(key) == [key, "stock"]
+    with pytest.raises(Sold):
+        made.failing.get_cached(key)
+    assert made.flaky.get_cached(key, 2) == 2
+    assert made.outer.get_cached(key)[0] == [f"inner of {key}", "stock"]
+    # A run that outlasts its lease of one second keeps it by signs of life.
+    assert made.slow.get_cached(f"slow {key}", 2.5) == f"slow {key}"
+    assert made.ran(f"slow {key}") == 1
