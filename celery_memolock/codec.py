@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from kombu import serialization
 from kombu.compression import compress
+from kombu.exceptions import SerializerNotInstalled
 from kombu.serialization import registry  # type: ignore[attr-defined]  # the stubs lack it
 
 from .errors import DecodeError, EncodeError, OptionError, RemoteTraceback, TaskFailed, ValueTooLarge
@@ -153,6 +154,9 @@ def check_formats(options: Options) -> None:
     for name, given in (("serializer", (options.serializer,)), ("accept", options.accept)):
         try:
             _content_types(given)
+            serialization.dumps("", serializer=options.serializer)
+        except SerializerNotInstalled as error:  # kombu knows it, and lacks the package that does it
+            raise OptionError(f"memolock option serializer={options.serializer!r}: {error}") from None
         except KeyError as error:
             known = ", ".join(sorted(registry.name_to_type))
             raise OptionError(
@@ -170,10 +174,10 @@ def _content_types(names: tuple[str, ...]) -> frozenset[str]:
 
 # kombu unpacks without a limit (48 kB can become 50 MB), so unpacking is ours.
 _COMPRESSIONS = {"gzip": "application/x-gzip", "bzip2": "application/x-bz2", "lzma": "application/x-lzma"}
-_UNPACKERS: dict[str, Callable[[bytes, int], bytes]] = {
-    "application/x-gzip": lambda data, most: zlib.decompressobj().decompress(data, most),
-    "application/x-bz2": lambda data, most: bz2.BZ2Decompressor().decompress(data, most),
-    "application/x-lzma": lambda data, most: lzma.LZMADecompressor().decompress(data, most),
+_UNPACKERS: dict[str, Callable[[], Any]] = {
+    "application/x-gzip": zlib.decompressobj,
+    "application/x-bz2": bz2.BZ2Decompressor,
+    "application/x-lzma": lzma.LZMADecompressor,
 }
 
 
@@ -182,9 +186,13 @@ def _decompress(data: bytes, compression: str, most: int, task: str) -> bytes:
     if unpacker is None:
         raise DecodeError(f"a stored value of task {task!r} is compressed as {compression!r}, which is not known here")
     try:
-        return unpacker(data, most)
+        unpacking = unpacker()
+        unpacked: bytes = unpacking.decompress(data, most)
+        if not unpacking.eof and len(unpacked) < most:
+            raise EOFError("it is cut short")
     except Exception as error:
         raise DecodeError(f"a stored value of task {task!r} cannot be decompressed: {error}") from error
+    return unpacked
 
 
 def pack_error(error: BaseException) -> Packed:

@@ -58,7 +58,7 @@ class Fault:
 
     @property
     def count(self) -> int:
-        """How often it has struck: connections closed by `cut`, chunks held back, replies cut."""
+        """How often it has struck: connections closed by `cut`, chunks held back or delayed, replies cut."""
         return self._count
 
     def wait(self, count: int = 1, timeout: float = 10.0) -> bool:
@@ -276,9 +276,8 @@ class Link:
     def cut_reply(self, count: int = 1, containing: bytes = b"") -> Fault:
         """Let a command through, and close its connection when the server has run it, before the reply gets out.
 
-        The server has run it when it answers; whatever else it had been sent on that connection it runs, too (the
-        connection to it is closed as a client does that leaves after its last command). So a pipeline counts as one
-        command, and a subscription's messages as an answer.
+        The server has run it when it answers, and whatever else it had been sent on that connection by then it runs,
+        too. So a pipeline that is sent at once counts as one command; and a subscription's message as an answer.
 
         Args:
             count: after so many replies the fault is over.
