@@ -90,6 +90,8 @@ class Missing(Enum):
     def __repr__(self) -> str:
         return self.name
 
+    __str__ = __repr__
+
 
 #: What `peek` returns when nothing is stored; false in a condition, unlike any stored value it `is` nothing else.
 MISS: Final = Missing.MISS
