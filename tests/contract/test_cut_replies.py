@@ -625,3 +625,18 @@ def test_state(name: str, outcomes: Callable[[Case], tuple[Outcome, ...]]) -> No
         flight["attempt"] = str(int(flight["attempt"]) + 1)
     assert fault.state == peace.state
     assert fault.notices == peace.notices * (2 if name in SECOND_NOTICES else 1)
+
+
+def test_renewals_in_one_round_trip(server: Server, prefix: str) -> None:
+    """The heartbeat renews many leases with one pipeline: each run hears what it would have heard without the fault."""
+    with Link(server.url) as link, redis.Redis.from_url(server.url) as client:
+        other, store = Store.from_url(server.url, prefix), Store.from_url(link.url, prefix)
+        stages = [Stage(Keys.of(prefix, f"t:1:{new_nonce()}"), store, other, client) for _ in range(3)]
+        runs = [stages[0].running(), stages[1].aside(), Run(stages[2].queued(), 1)]
+        renewals = [Renew(stage.keys, run, 600.0) for stage, run in zip(stages, runs, strict=True)]
+        client.script_load(script_of(renewals[0]).text)
+        with link.cut_reply(containing=script_of(renewals[0]).sha.encode()) as lost:
+            assert store.run_all(renewals) == ["CONTINUE", "DETACHED", "LOST"]
+            assert lost.count == 1
+        other.close()
+        store.close()

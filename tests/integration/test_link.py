@@ -185,7 +185,7 @@ def test_leaves_nothing(server: Server) -> None:
             if ending == "cut":
                 link.cut()
             elif ending != "idle":
-                fault = {"deaf": link.deaf, "slow": lambda link=link: link.slow(600), "reply": link.cut_reply}[ending]()
+                fault = link.deaf() if ending == "deaf" else link.slow(600) if ending == "slow" else link.cut_reply()
                 client.sendall(command("PING"))
                 assert fault.wait()
             link.stop()

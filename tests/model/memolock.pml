@@ -79,7 +79,6 @@
 
 #define BIT(n) (1 << (n))
 #define TRIES (RETRIES + 1)
-#define MESSAGE(fence, retries, again) (((fence) * TRIES + (retries)) * 2 + (again))
 
 /* ---- the source of data, and the ghost of what has been acknowledged ---- */
 byte version, acknowledged;
@@ -90,24 +89,26 @@ byte failure, failure_fence;                            /* memolock:1:x, the err
 byte fence, state, attempt, retries, crashes, waiters;  /* memolock:1:f, the current flight; fence 0: absent */
 bit again, background;
 byte aside[FLIGHTS + 1], aside_waiters[FLIGHTS + 1];    /* memolock:1:d:<fence>: the attempt of a detached run */
-byte parked[FLIGHTS + 1], parked_fence[FLIGHTS + 1];    /* memolock:1:p:<fence> */
+byte parked[FLIGHTS + 1];                               /* memolock:1:p:<fence> */
 byte fences;                                            /* made so far */
 
-/* ---- the broker: how many messages of each kind are on their way, in no order ---- */
-byte messages[(FLIGHTS + 1) * TRIES * 2];
+/* ---- the broker: how many messages there are of each kind, in no order. Once its flight is not the current one any
+ * more, all that claim.lua can tell of a message's fence is that it is older. ---- */
+byte fresh[TRIES], redone[TRIES];   /* with the current fence, by retries: first deliveries, redeliveries */
+byte old[TRIES];                    /* with an older fence */
 
 /* ---- callers ---- */
-byte follows[CALLERS], known[CALLERS], mail[CALLERS], mail_fence[CALLERS];
-bit bell[CALLERS];
+byte follows[CALLERS], known[CALLERS], mail[CALLERS];
+bit bell[CALLERS], begun[CALLERS];
 
 /* ---- workers: the run of each, fence 0: idle ---- */
 byte run_fence[WORKERS], run_attempt[WORKERS], run_version[WORKERS];
 bit late[WORKERS];      /* its lease may have passed */
+bit busy[WORKERS];
 bit gave_up[WORKERS];   /* ghost: it asked for a retry, so another attempt may run beside it */
 
 /* ---- ghosts ---- */
-byte ended;             /* fences that had their one outcome */
-byte last_run[FLIGHTS + 1];
+byte last_run;          /* the highest attempt of the current fence that ever ran */
 bit asked_newer;        /* a refresh was promised a run that starts after it */
 bit starts_newer[WORKERS];
 byte senders, sent;     /* LIVE: who is about to send a message, and how many are on their way */
@@ -129,6 +130,7 @@ hidden byte S1, S2, S3, S4, S5, S6, C1, C2, C3, BOUND;
 #define DEFER 5
 #define RUN  6
 #define SKIP 7
+#define DROP 8
 
 #if WORKERS == 1
 #define ANY_WORKER(P) (P(0))
@@ -165,7 +167,7 @@ hidden byte S1, S2, S3, S4, S5, S6, C1, C2, C3, BOUND;
 /* ---- _common.lua ---- */
 
 /* PUBLISH to every registered caller that waits in the room of that flight. outcome 0: "look again". */
-inline ring(whose, registered, outcome, outcome_fence) {
+inline ring(whose, registered, outcome) {
     i = 0;
     do
     :: i < CALLERS && (registered & BIT(i)) && follows[i] == whose ->
@@ -173,7 +175,7 @@ inline ring(whose, registered, outcome, outcome_fence) {
 #ifdef LIVE
         :: deaf -> deaf--
 #endif
-        :: outcome -> mail[i] = outcome; mail_fence[i] = outcome_fence
+        :: outcome -> mail[i] = outcome
 #ifdef M_NO_POLL
         :: true -> bell[i] = 1      /* a notice without the outcome */
 #else
@@ -187,16 +189,29 @@ inline ring(whose, registered, outcome, outcome_fence) {
 }
 
 /* Only those who follow a flight ever read what was parked for it. */
-inline park(whose, outcome, outcome_fence) {
+inline park(whose, outcome) {
     i = 0;
     do
-    :: i < CALLERS && follows[i] == whose -> parked[whose] = outcome; parked_fence[whose] = outcome_fence; break
+    :: i < CALLERS && follows[i] == whose -> parked[whose] = outcome; break
     :: i < CALLERS && follows[i] != whose -> i++
     :: i == CALLERS -> break
     od
 }
 
+/* The current flight's messages are those of an older one now. */
+inline age_messages() {
+    old[0] = old[0] + fresh[0] + redone[0]; fresh[0] = 0; redone[0] = 0;
+#if RETRIES > 0
+    old[1] = old[1] + fresh[1] + redone[1]; fresh[1] = 0; redone[1] = 0;
+#endif
+#if RETRIES > 1
+    old[2] = old[2] + fresh[2] + redone[2]; fresh[2] = 0; redone[2] = 0;
+#endif
+    last_run = 0
+}
+
 inline clear_flight() {
+    age_messages();
     fence = 0; state = 0; attempt = 0; retries = 0; crashes = 0; waiters = 0; again = 0; background = 0;
     asked_newer = 0
 }
@@ -215,8 +230,6 @@ inline store(outcome, outcome_fence) {
 }
 
 inline give(whose, registered, outcome, outcome_fence, stored) {
-    MUST(S5, !(ended & BIT(whose)));
-    ended = ended | BIT(whose);
     if
     :: stored -> store(outcome, outcome_fence)
     :: else
@@ -228,9 +241,9 @@ inline give(whose, registered, outcome, outcome_fence, stored) {
 #else
     :: true ->
 #endif
-        park(whose, outcome, outcome_fence)
+        park(whose, outcome)
     fi;
-    ring(whose, registered, outcome, outcome_fence)
+    ring(whose, registered, outcome)
 }
 
 inline conclude(outcome, outcome_fence, stored) {
@@ -239,6 +252,7 @@ inline conclude(outcome, outcome_fence, stored) {
 }
 
 inline new_fence() {
+    age_messages();
     fences++;
     fence = fences; state = PENDING; attempt = 0; retries = 0
 }
@@ -248,13 +262,13 @@ inline acquire(force, following, me) {
     told = 0;
     if
     :: following && parked[following] ->
-        told = DONE; got = parked[following]; got_fence = parked_fence[following]
+        told = DONE; got = parked[following]; got_fence = following
     :: else ->
         if
         :: following && aside[following] && !ASIDE_MAY_PASS(following) -> told = WAIT; got_fence = following
 #ifdef M_FOLLOW_DETACHED
-        :: !following && !force && fence == 0 && aside[1] ->
-            told = WAIT; got_fence = 1; aside_waiters[1] = aside_waiters[1] | BIT(me)
+        :: !following && !force && !fence && aside[fences] ->
+            told = WAIT; got_fence = fences; aside_waiters[fences] = aside_waiters[fences] | BIT(me)
 #endif
         :: else
         fi
@@ -304,7 +318,7 @@ inline acquire(force, following, me) {
                 if
                 :: fences == FLIGHTS -> told = OUT
                 :: else ->
-                    ring(fence, waiters, 0, 0);
+                    ring(fence, waiters, 0);
 #ifdef M_DROP_WAITERS
                     waiters = 0;
 #endif
@@ -404,7 +418,11 @@ inline invalidate() {
 
 /* ---- messages ---- */
 inline send(whose, its_retries, redelivered) {
-    messages[MESSAGE(whose, its_retries, redelivered)]++;
+    if
+    :: whose && whose == fence && redelivered -> redone[its_retries]++
+    :: whose && whose == fence && !redelivered -> fresh[its_retries]++
+    :: else -> old[its_retries]++
+    fi;
     sent++
 }
 
@@ -415,12 +433,12 @@ inline send(whose, its_retries, redelivered) {
 
 inline unfollow(me) {
     got = follows[me];
-    follows[me] = 0; mail[me] = 0; mail_fence[me] = 0; bell[me] = 0;
+    follows[me] = 0; mail[me] = 0; bell[me] = 0;
     i = 0;
     do
     :: i < CALLERS && follows[i] == got -> break
     :: i < CALLERS && follows[i] != got -> i++
-    :: i == CALLERS -> parked[got] = 0; parked_fence[got] = 0; break
+    :: i == CALLERS -> parked[got] = 0; break
     od
 }
 
@@ -460,6 +478,9 @@ inline leave(me) {
     unfollow(me); known[me] = 0
 }
 
+/* Callers are alike, so they begin in order. */
+#define IN_TURN(me) (me == 0 || begun[me - 1])
+
 proctype caller(byte me) {
     byte calls = CALLS;
     byte won;           /* the flight that it has to dispatch */
@@ -467,13 +488,13 @@ proctype caller(byte me) {
 
     do
     /* A call: GET, then the first look. Nobody else sees what lies between, and to begin late is the harder case. */
-    :: atomic { calls && !follows[me] -> calls--; known[me] = acknowledged; look(me) }
+    :: atomic { calls && !follows[me] && IN_TURN(me) -> calls--; begun[me] = 1; known[me] = acknowledged; look(me) }
 #ifdef M_NO_POLL
     :: atomic { follows[me] && !won && bell[me] -> look(me) }
 #else
     :: atomic { follows[me] && !won && WORTH(follows[me]) -> look(me) }
 #endif
-    :: atomic { follows[me] && !won && mail[me] -> finish(me, mail[me], mail_fence[me]) }
+    :: atomic { follows[me] && !won && mail[me] -> finish(me, mail[me], follows[me]) }
     :: atomic { won && !sent_it -> send(won, 0, 0); senders--; sent_it = 1 }
     :: atomic { won && sent_it -> confirm(won); won = 0; sent_it = 0 }
 #ifdef ERRORS
@@ -503,7 +524,7 @@ proctype caller(byte me) {
 
 inline idle(me) {
     run_fence[me] = 0; run_attempt[me] = 0; run_version[me] = 0; late[me] = 0; gave_up[me] = 0;
-    starts_newer[me] = 0; m_fence = 0; m_tries = 0
+    starts_newer[me] = 0; busy[me] = 0; m_old = 0; m_tries = 0
 }
 
 /* S3, seen from the run that begins: the other one was superseded, detached, late or asked for a retry. */
@@ -524,7 +545,6 @@ inline claim(me, whose, its_retries, redelivered) {
 #ifndef M_ADOPT_LOWERS_RETRIES
         :: its_retries < retries -> told = SKIP
 #endif
-        :: whose > fence -> told = SKIP
         :: else
         fi
     :: fence && fence == whose && its_retries < retries -> told = SKIP
@@ -536,7 +556,7 @@ inline claim(me, whose, its_retries, redelivered) {
             crashes++;
             if
             :: crashes >= MAX_CRASHES ->
-                told = SKIP; got = ERROR + version + 1; got_fence = fence;
+                told = DROP; got = ERROR + version + 1; got_fence = fence;
                 conclude(got, got_fence, 0)
             :: else
             fi
@@ -548,9 +568,9 @@ inline claim(me, whose, its_retries, redelivered) {
 #ifdef ABANDON
     if
 #ifdef M_ABANDON_WAITED
-    :: !told && !background -> told = SKIP; clear_flight()
+    :: !told && !background -> told = DROP; clear_flight()
 #else
-    :: !told && !background && !waiters -> told = SKIP; clear_flight()
+    :: !told && !background && !waiters -> told = DROP; clear_flight()
 #endif
     :: else
     fi;
@@ -564,7 +584,6 @@ inline claim(me, whose, its_retries, redelivered) {
     :: else
     fi;
     if
-    :: told == DEFER -> send(whose, its_retries, 0)
     :: told == RUN ->
         i = 0;
         do
@@ -577,14 +596,14 @@ inline claim(me, whose, its_retries, redelivered) {
 #else
         attempt = (attempt -> attempt : 1);
 #endif
-        MUST(S3, attempt > last_run[fence]);
-        last_run[fence] = attempt;
+        MUST(S3, attempt > last_run);
+        last_run = attempt;
         state = RUNNING; retries = its_retries;
         run_fence[me] = fence; run_attempt[me] = attempt; run_version[me] = version;
 #if REFRESHES
         starts_newer[me] = 1;
 #endif
-        m_fence = whose; m_tries = its_retries
+        m_old = (whose != fence)
     :: else
     fi
 }
@@ -605,15 +624,13 @@ inline end_run(me, outcome) {
     idle(me)
 }
 
-#define RECEIVE_ONE(f, r, d) :: messages[MESSAGE(f, r, d)] -> got_fence = f; m_retries = r; m_redelivered = d
-#define RECEIVE_TRY(f, r) RECEIVE_ONE(f, r, 0) RECEIVE_ONE(f, r, 1)
-#if RETRIES == 0
-#define RECEIVE(f) RECEIVE_TRY(f, 0)
-#elif RETRIES == 1
-#define RECEIVE(f) RECEIVE_TRY(f, 0) RECEIVE_TRY(f, 1)
-#else
-#define RECEIVE(f) RECEIVE_TRY(f, 0) RECEIVE_TRY(f, 1) RECEIVE_TRY(f, 2)
-#endif
+/* Workers are alike, so the first idle one receives. */
+#define MY_TURN(me) (me == 0 || busy[me - 1])
+
+#define RECEIVE(r) \
+    :: MY_TURN(me) && fresh[r] -> fresh[r]--; go = fence; m_retries = r; m_redelivered = 0 \
+    :: MY_TURN(me) && redone[r] -> redone[r]--; go = fence; m_retries = r; m_redelivered = 1 \
+    :: MY_TURN(me) && old[r] -> old[r]--; go = 0; m_retries = r; m_redelivered = 0
 
 /* ---- requeue.lua. `told` is RUN for "OK". ---- */
 inline requeue(me) {
@@ -624,7 +641,7 @@ inline requeue(me) {
     :: else ->
         if
         :: aside[run_fence[me]] == run_attempt[me] ->
-            ring(run_fence[me], aside_waiters[run_fence[me]], 0, 0);
+            ring(run_fence[me], aside_waiters[run_fence[me]], 0);
             aside[run_fence[me]] = 0; aside_waiters[run_fence[me]] = 0
         :: else
         fi
@@ -636,7 +653,8 @@ inline requeue(me) {
     || aside[run_fence[me]] == run_attempt[me]))
 
 proctype worker(byte me) {
-    byte m_fence, m_tries;  /* of the message of its run */
+    byte m_tries;           /* retries that the message of its run carries */
+    bit m_old;              /* it carries an older fence than the run */
     bit publishing;         /* a retry: between requeue and the message */
     bit m_again;            /* settle answered AGAIN */
     byte m_won;             /* the flight of that refresh */
@@ -644,42 +662,42 @@ proctype worker(byte me) {
 end_idle:
     atomic {
         if
+        RECEIVE(0)
+#if RETRIES > 0
         RECEIVE(1)
-#if FLIGHTS > 1
+#endif
+#if RETRIES > 1
         RECEIVE(2)
 #endif
-#if FLIGHTS > 2
-        RECEIVE(3)
-#endif
-#if FLIGHTS > 3
-        RECEIVE(4)
-#endif
-#if FLIGHTS > 4
-        RECEIVE(5)
-#endif
-#if FLIGHTS > 5
-        RECEIVE(6)
-#endif
         fi;
-        m_fence = got_fence;
-        messages[MESSAGE(m_fence, m_retries, m_redelivered)]--; sent--;
-        go = 1;
-        if
-        :: true
-        :: doubling -> doubling--; send(m_fence, m_retries, 0)
-        :: doubling -> doubling--; send(m_fence, m_retries, 1)
+        sent--; busy[me] = 1;
 #ifdef LIVE
-        :: losing -> losing--; go = 0
-#endif
-        fi;
-        told = SKIP;
         if
-        :: go -> claim(me, m_fence, m_retries, m_redelivered)
+        :: true -> claim(me, go, m_retries, m_redelivered)
+        :: losing -> losing--; told = DROP
+        fi;
+#else
+        claim(me, go, m_retries, m_redelivered);
+#endif
+        if
+        :: told == DEFER -> send(go, m_retries, 0)
+#ifndef LIVE
+        /* A message that never arrives again can do all that one can that was dropped, so none is. */
+        :: told == SKIP -> send(go, m_retries, m_redelivered)
+#endif
         :: else
         fi;
-        m_tries = m_retries;
         if
-        :: told == RUN -> skip
+        :: told == RUN || told == DEFER -> 
+            if
+            :: true
+            :: doubling -> doubling--; send(go, m_retries, 0)
+            :: doubling -> doubling--; send(go, m_retries, 1)
+            fi
+        :: else
+        fi;
+        if
+        :: told == RUN -> m_tries = m_retries
         :: else -> idle(me); goto end_idle
         fi
     }
@@ -704,7 +722,7 @@ end_idle:
     :: atomic { !publishing && !gave_up[me] && m_tries < RETRIES -> publishing = 1; gave_up[me] = 1; senders++ }
 #endif
     :: atomic { publishing ->
-        send(m_fence, m_tries + 1, 0); senders--; publishing = 0;
+        send((m_old -> 0 : run_fence[me]), m_tries + 1, 0); senders--; publishing = 0;
         if
         :: idle(me); break
 #ifdef GOES_ON
@@ -723,7 +741,7 @@ end_idle:
         :: else
         fi;
         if
-        :: send(m_fence, m_tries, 1)    /* acknowledged late */
+        :: send((m_old -> 0 : run_fence[me]), m_tries, 1)    /* acknowledged late */
         :: true                         /* acknowledged early: it is gone */
         fi;
         idle(me); break }

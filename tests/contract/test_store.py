@@ -1,0 +1,359 @@
+"""Steps of the protocol on real servers, driven as callers and workers drive them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from celery_memolock import ConfigurationError, StoreUnavailable
+from celery_memolock.codec import Codec, Entry, Packed, pack_error
+from celery_memolock.keys import Keys
+from celery_memolock.options import Options
+from celery_memolock.protocol import (
+    Acquire,
+    Claim,
+    Confirm,
+    Defer,
+    Done,
+    Hold,
+    Invalidate,
+    Leave,
+    Place,
+    Put,
+    Renew,
+    Run,
+    Settle,
+    Waiting,
+    Won,
+    new_nonce,
+)
+from celery_memolock.server import Server
+from celery_memolock.store import Store
+
+OPTIONS = Options(ttl=60, lease=0.2, dispatch_lease=0.1)
+CODEC = Codec("t", OPTIONS)
+FAILED = pack_error(KeyError("k"))
+
+
+@pytest.fixture
+def store(any_server: Server, prefix: str) -> Iterator[Store]:
+    """A store at each kind of server."""
+    made = Store.from_url(any_server.url, prefix)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def client(any_server: Server) -> Iterator[redis.Redis]:
+    """A plain client of the same server."""
+    with redis.Redis.from_url(any_server.url) as made:
+        yield made
+
+
+@pytest.fixture
+def keys(prefix: str) -> Keys:
+    """A key that no other test uses."""
+    return Keys.of(prefix, f"t:1:{new_nonce()}")
+
+
+def acquire(store: Store, keys: Keys, options: Options = OPTIONS, **changed: Any) -> Any:
+    values: dict[str, Any] = {"nonce": new_nonce(), "mode": "miss", "seen": "", "following": "", "register": 1}
+    return store.run(Acquire(keys, options, wanted=30.0, park=30.0, crashed=FAILED, **{**values, **changed}))
+
+
+def claim(store: Store, keys: Keys, fence: str, options: Options = OPTIONS, **changed: Any) -> Any:
+    values: dict[str, Any] = {"nonce": new_nonce(), "holder": "h/1/2", "retries": 0, "redelivered": False}
+    return store.run(Claim(keys, options, fence, park=30.0, crashed=FAILED, **{**values, **changed}))
+
+
+def settle(store: Store, keys: Keys, run: Run, value: Any, fleeting: bool = False) -> str:
+    return str(store.run(Settle(keys, run, "V", CODEC.pack(value), 60.0, 30.0, fleeting)))
+
+
+def listening(client: redis.Redis, store: Store) -> Any:
+    """Listen to the store's own channel beside it."""
+    pubsub = client.pubsub(ignore_subscribe_messages=False)
+    pubsub.subscribe(store.inbox.channel)
+    assert pubsub.get_message(timeout=5)["type"] == "subscribe"
+    return pubsub
+
+
+def until(true: Any) -> Any:
+    """Ask again and again, up to ten seconds."""
+    for _ in range(1000):
+        found = true()
+        if found:
+            return found
+        threading.Event().wait(0.01)
+    raise AssertionError("it never became true")
+
+
+def test_the_way_of_a_flight(store: Store, client: redis.Redis, keys: Keys) -> None:
+    """PENDING, QUEUED, RUNNING, settled; and each key on the way has a time to live."""
+    won = acquire(store, keys, Options(ttl=60))
+    assert isinstance(won, Won)
+    assert acquire(store, keys).state == "P"
+    assert store.run(Confirm(keys, won.fence, 300.0)) is True
+    assert acquire(store, keys).state == "Q"
+    run = claim(store, keys, won.fence, Options(ttl=60))
+    assert run == Run(won.fence, 1)
+    assert store.run(Confirm(keys, won.fence, 300.0)) is False
+    assert acquire(store, keys).state == "R"
+    for name in client.scan_iter(f"*{keys.tag}*"):
+        assert client.pttl(name) > 0
+    assert settle(store, keys, run, [1]) == "OK"
+    done = acquire(store, keys)
+    assert isinstance(done, Done)
+    assert CODEC.unpack(Entry.parse(done.raw)) == [1]
+    assert client.pttl(keys.entry) > 0
+    assert not client.exists(keys.all[1])
+
+
+def test_repeated_win(store: Store, keys: Keys) -> None:
+    """A winner whose reply was lost asks again, and is still the winner."""
+    nonce = new_nonce()
+    assert acquire(store, keys, nonce=nonce).fence == acquire(store, keys, nonce=nonce).fence
+    assert isinstance(acquire(store, keys), Waiting)
+
+
+def test_take_over_doubles_the_lease(store: Store, keys: Keys) -> None:
+    """Each take-over of a flight that nobody claimed may last twice as long, up to sixteen times."""
+    leases = []
+    for _ in range(3):
+        won = until(lambda: (reply := acquire(store, keys)) and isinstance(reply, Won) and reply)
+        leases.append(round(won.lease, 3))
+    assert leases == [0.1, 0.2, 0.4]
+
+
+def test_take_over_of_a_silent_run(store: Store, client: redis.Redis, keys: Keys) -> None:
+    """A run without a sign of life is taken over; its waiters are rung, and its outcome is refused."""
+    heard = listening(client, store)
+    first = acquire(store, keys)
+    run = claim(store, keys, first.fence)
+    assert store.run(Renew(keys, run, 0.2)) == "CONTINUE"
+    second = until(lambda: (reply := acquire(store, keys)) and isinstance(reply, Won) and reply)
+    assert heard.get_message(timeout=5)["data"] == first.fence.encode() + b"\n"
+    assert settle(store, keys, run, "late") == "REFUSED"
+    assert store.run(Renew(keys, run, 0.2)) == "LOST"
+    assert not client.exists(keys.entry)
+    assert second.fence > first.fence
+
+
+def test_late_sign_of_life_revives(store: Store, keys: Keys) -> None:
+    """Until somebody takes over, a renewal after the lease revives it, and an outcome counts."""
+    won = acquire(store, keys)
+    run = claim(store, keys, won.fence)
+    threading.Event().wait(0.3)
+    assert store.run(Renew(keys, run, 60.0)) == "CONTINUE"
+    assert isinstance(acquire(store, keys), Waiting)
+    assert settle(store, keys, run, 1) == "OK"
+
+
+def test_heartbeat(store: Store, keys: Keys) -> None:
+    """The heartbeat keeps the lease of a run for as long as it is held."""
+    won = acquire(store, keys)
+    run = claim(store, keys, won.fence)
+    store.hold(Hold(keys, run, 0.2, 60.0))
+    for _ in range(60):
+        assert isinstance(acquire(store, keys), Waiting)
+        threading.Event().wait(0.01)
+    store.release(run)
+    until(lambda: isinstance(acquire(store, keys), Won))
+
+
+def test_older_message_does_the_work(store: Store, keys: Keys) -> None:
+    """Under a backlog the first message to arrive runs the current flight; the newer message then finds it running."""
+    old = acquire(store, keys)
+    new = until(lambda: (reply := acquire(store, keys)) and isinstance(reply, Won) and reply)
+    assert claim(store, keys, old.fence, Options(ttl=60)) == Run(new.fence, 1)
+    assert "duplicate" in claim(store, keys, new.fence).reason
+    assert isinstance(claim(store, keys, new.fence, redelivered=True), Defer)
+
+
+def test_notices(store: Store, client: redis.Redis, prefix: str) -> None:
+    """A small outcome rides along with its notice; for a larger one the notice says: look again."""
+    heard = listening(client, store)
+    for value, rides in (("x" * 3000, True), ("x" * 5000, False)):
+        keys = Keys.of(prefix, f"t:1:{new_nonce()}")
+        won = acquire(store, keys)
+        settle(store, keys, claim(store, keys, won.fence), value)
+        fence, _, raw = heard.get_message(timeout=5)["data"].partition(b"\n")
+        assert fence.decode() == won.fence
+        assert raw == (client.get(keys.entry) if rides else b"")
+
+
+def test_fleeting_value_is_parked(store: Store, keys: Keys) -> None:
+    """A value that may be gone before a waiter looks is kept for those who wait."""
+    won = acquire(store, keys)
+    run = claim(store, keys, won.fence)
+    store.run(Settle(keys, run, "V", CODEC.pack(1), 0.01, 30.0, True))
+    threading.Event().wait(0.05)
+    assert isinstance(acquire(store, keys, following=won.fence), Done)
+    assert isinstance(acquire(store, keys), Won)
+
+
+def test_error_back_off(store: Store, client: redis.Redis, keys: Keys) -> None:
+    """A failed key gives its error to new callers for `error_ttl`; invalidating, or setting, clears that."""
+    for clear in (lambda: store.run(Invalidate(keys)), lambda: store.run(Put(keys, "a", CODEC.pack(1), 60, 30, False))):
+        won = acquire(store, keys)
+        run = claim(store, keys, won.fence)
+        store.run(Settle(keys, run, "E", FAILED, 60.0, 30.0))
+        done = acquire(store, keys)
+        assert Entry.parse(done.raw).failed
+        clear()
+        assert not client.exists(keys.all[2])
+
+
+def test_detached_outcome_is_for_its_waiters_alone(store: Store, client: redis.Redis, keys: Keys) -> None:
+    """What an invalidation moved aside is parked for those who follow it, and never stored."""
+    won = acquire(store, keys)
+    run = claim(store, keys, won.fence)
+    store.run(Invalidate(keys))
+    assert acquire(store, keys, following=won.fence).fence == won.fence
+    newcomer = acquire(store, keys)
+    assert isinstance(newcomer, Won)
+    assert store.run(Renew(keys, run, 10.0)) == "DETACHED"
+    assert settle(store, keys, run, "old") == "DETACHED"
+    assert isinstance(acquire(store, keys, following=won.fence), Done)
+    assert isinstance(acquire(store, keys), Waiting)
+    assert not client.exists(keys.entry)
+
+
+def test_overlap_is_bounded(store: Store, keys: Keys) -> None:
+    """However often a key is invalidated, at most two of its runs are alive."""
+    long = Options(ttl=60)
+    for _ in range(2):
+        assert isinstance(claim(store, keys, acquire(store, keys).fence, long), Run)
+        store.run(Invalidate(keys))
+    third = acquire(store, keys)
+    deferred = claim(store, keys, third.fence, long)
+    assert isinstance(deferred, Defer)
+    assert 0 < deferred.delay <= 10
+
+
+def test_leave_removes_only_its_own(store: Store, client: redis.Redis, keys: Keys) -> None:
+    """A registration is removed by its own sequence, and not by an older one."""
+    won = acquire(store, keys, register=1)
+    acquire(store, keys, register=2)
+    assert store.run(Leave(keys, Place(won.fence, 1))) is None
+    assert [name for name in client.hkeys(keys.all[1]) if name.startswith(b"w:")]  # type: ignore[union-attr]
+    state, _ = store.run(Leave(keys, Place(won.fence, 2)))
+    assert state == "P"
+    assert not [name for name in client.hkeys(keys.all[1]) if name.startswith(b"w:")]  # type: ignore[union-attr]
+
+
+def test_flushed_scripts(store: Store, client: redis.Redis, keys: Keys) -> None:
+    """Scripts that the server has forgotten are sent again, one by one and in a pipeline."""
+    won = acquire(store, keys)
+    client.script_flush()
+    run = claim(store, keys, won.fence)
+    client.script_flush()
+    assert store.run_all([Renew(keys, run, 1.0), Renew(keys, Run("1-a", 1), 1.0)]) == ["CONTINUE", "LOST"]
+
+
+def test_full_server(prefix: str, keys: Keys, any_server: Server) -> None:
+    """A full server refuses new flights, and still takes the outcome of those that run, as far as a notice carries it."""
+    store = Store.from_url(any_server.url, prefix)
+    with redis.Redis.from_url(any_server.url) as client:
+        heard = listening(client, store)
+        run = claim(store, keys, acquire(store, keys).fence)
+        client.config_set("maxmemory", "1")
+        try:
+            with pytest.raises(StoreUnavailable, match="refused a command"):
+                acquire(store, Keys.of(prefix, "t:1:other"))
+            assert settle(store, keys, run, "small") == "OK"
+            assert b"small" in heard.get_message(timeout=5)["data"]
+        finally:
+            client.config_set("maxmemory", "0")
+    store.close()
+
+
+def test_password_is_not_shown() -> None:
+    """Errors name the address, without user and password."""
+    store = Store.from_url("redis://user:secret@127.0.0.1:1/3", "p")
+    with pytest.raises(StoreUnavailable, match="redis://127.0.0.1:1/3") as caught:
+        store.get(Keys.of("p", "t"))
+    assert "secret" not in str(caught.value)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("redis://h:7/2", "redis://h:7/2"),
+        ("rediss://h:7/2?ssl_cert_reqs=CERT_NONE", "redis://h:7/2"),
+        ("unix:///tmp/s?db=3", "unix:///tmp/s"),
+        ("redis+socket:///tmp/s?virtual_host=3", "unix:///tmp/s"),
+        ("redis://a:1;redis://b:2", "redis://a:1/0"),
+    ],
+)
+def test_urls(url: str, address: str) -> None:
+    """The client's, kombu's and Celery's spellings are understood."""
+    store = Store.from_url(url, "p")
+    assert store.address == address
+    store.close()
+
+
+def test_bad_url() -> None:
+    """A URL that cannot be used is a configuration error."""
+    with pytest.raises(ConfigurationError, match="memolock_redis_url"):
+        Store.from_url("http://h", "p")
+
+
+def test_unix_socket(prefix: str, keys: Keys) -> None:
+    """Everything works over a unix socket."""
+    with Server(unix_socket=True) as server:
+        store = Store.from_url(server.url, prefix)
+        store.listen(5.0)
+        won = acquire(store, keys)
+        settle(store, keys, claim(store, keys, won.fence), 1)
+        assert isinstance(acquire(store, keys), Done)
+        store.close()
+
+
+def test_fork(store: Store) -> None:
+    """A forked child has an inbox of its own."""
+    store.listen(5.0)
+    channel = store.inbox.channel
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            store.listen(5.0)
+            os.write(writing, store.inbox.channel.encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reading, 200).decode() not in ("", channel)
+    os.close(reading)
+    os.close(writing)
+    assert store.inbox.channel == channel
+
+
+def test_close_leaves_nothing(any_server: Server, prefix: str) -> None:
+    """A closed store leaves no thread and no connection."""
+    before = threading.active_count()
+    store = Store.from_url(any_server.url, prefix)
+    store.listen(5.0)
+    store.hold(Hold(Keys.of(prefix, "t"), Run("1-a", 1), 1.0, 1.0))
+    store.close()
+    assert threading.active_count() == before
+
+
+def test_unreadable_is_absent(store: Store, client: redis.Redis, keys: Keys) -> None:
+    """What is not of our making counts as absent, and is replaced."""
+    client.set(keys.entry, "garbage", px=60_000)
+    won = acquire(store, keys)
+    assert isinstance(won, Won)
+    settle(store, keys, claim(store, keys, won.fence), 1)
+    assert isinstance(acquire(store, keys), Done)
+
+
+def test_nothing_unknown_is_decoded(keys: Keys) -> None:
+    """The packed form names what it is."""
+    assert CODEC.pack(1) == Packed("application/json utf-8 -", b"1")
