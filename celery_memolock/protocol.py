@@ -318,6 +318,8 @@ class Invalidate(Script):
     """Drop the value, and whatever is being computed from older data → whether there was a value."""
 
     keys: Keys
+    nonce: str
+    park: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -512,7 +514,7 @@ def peek(call: Call) -> Core[Any]:
 
 def invalidate(call: Call) -> Core[bool]:
     """Drop the value and whatever is being computed from older data → whether there was a value."""
-    return (yield Invalidate(call.keys))  # type: ignore[no-any-return]
+    return (yield Invalidate(call.keys, new_nonce(), call.park))  # type: ignore[no-any-return]
 
 
 def put(call: Call, value: Any) -> Core[None]:

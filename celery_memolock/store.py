@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
-from urllib.parse import parse_qs, urlsplit, urlunsplit
+from urllib.parse import parse_qs, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -272,12 +272,13 @@ def _address(client: Any) -> str:
 
 def _plain_url(url: str) -> str:
     """Turn kombu's and Celery's spellings of a Redis URL into the client's."""
-    parts = urlsplit(url.split(";")[0])
+    url = url.split(";")[0]
+    parts = urlsplit(url)
     query = parse_qs(parts.query)
     if parts.scheme in ("redis+socket", "socket"):
         db = (query.get("virtual_host") or query.get("db") or ["0"])[0].strip("/")
-        return urlunsplit(("unix", parts.netloc, parts.path, f"db={db}", ""))
+        return f"unix://{parts.netloc}{parts.path}?db={db}"
     if "ssl_cert_reqs" in query:
         wanted = query["ssl_cert_reqs"][0]
         return url.replace(wanted, wanted.removeprefix("CERT_").lower())
-    return urlunsplit(parts)
+    return url

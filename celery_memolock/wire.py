@@ -106,8 +106,8 @@ def arguments(effect: Script, inbox: str) -> tuple[Argument, ...]:
             return fence, holder, form, body, _ms(park)
         case Put(_, nonce, outcome, ttl, park, fleeting):
             return nonce, outcome.form, outcome.body, _ms(ttl), _ms(park), int(fleeting)
-        case Invalidate():
-            return ()
+        case Invalidate(_, nonce, park):
+            return nonce, _ms(park)
         case Leave(_, place):
             return place.fence, inbox, place.sequence
     raise TypeError(f"{type(effect).__name__} has no script")

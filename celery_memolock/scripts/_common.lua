@@ -7,6 +7,7 @@
 -- Two more are named in here, in the same slot:
 -- d:<fence>         hash    a flight that an invalidation moved aside while it ran
 -- p:<fence>         string  a parked outcome, for waiters that could not read it from the entry
+-- a:<nonce>         string  an answer that a repeated call must get again, where nothing else tells it
 --
 -- Fields of a flight: fence, state (P pending, Q queued, R running), since, attempt, retries, crashes,
 -- takeovers, started, claim (nonce of the claim), holder, lease_until, lease_ms, wanted_until (the last deadline of its
@@ -136,6 +137,15 @@ local function conclude(flight, fence, outcome, store_as, ttl_ms, park_ms, fleet
   ring(flight, fence, outcome)
   redis.call('DEL', flight)
   return stored
+end
+
+-- Keep an answer for a repeat of the call: the first reply may have been lost on its way.
+local function remember(nonce, answer, ms)
+  redis.pcall('SET', of_fence('a', nonce), answer, 'PX', ms)
+end
+
+local function remembered(nonce)
+  return redis.call('GET', of_fence('a', nonce))
 end
 
 -- One more worker died over the current flight. At the limit the flight fails for all its waiters: a poison

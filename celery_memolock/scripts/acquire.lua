@@ -66,6 +66,7 @@ if fence then
   if state == 'R' then
     local failure = crashed(max_crashes, ARGV[11], ARGV[12], park_ms)
     if failure then
+      remember(nonce, failure, park_ms)
       return {'DONE', failure}
     end
   else
@@ -76,6 +77,10 @@ if fence then
   redis.call('HDEL', FLIGHT, 'claim', 'holder', 'started')
   redis.call('HSET', FLIGHT, 'takeovers', takeovers)
 else
+  local failure = remembered(nonce)
+  if failure then
+    return {'DONE', failure}
+  end
   redis.call('HSET', FLIGHT, 'takeovers', 0, 'crashes', 0)
 end
 

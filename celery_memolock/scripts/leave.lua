@@ -9,8 +9,10 @@ local at = {}
 for _, flight in ipairs({FLIGHT, of_fence('d', ARGV[1])}) do
   if redis.call('HGET', flight, field) == ARGV[3] then
     redis.call('HDEL', flight, field)
-    local found = redis.call('HMGET', flight, 'state', 'since')
-    at = {found[1], math.floor((now - tonumber(found[2])) / 1000)}
+  end
+  local found = redis.call('HMGET', flight, 'fence', 'state', 'since')
+  if found[1] and (ARGV[1] == '' or ARGV[1] == found[1]) then
+    at = {found[2], math.floor((now - tonumber(found[3])) / 1000)}
   end
 end
 return at

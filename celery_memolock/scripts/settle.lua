@@ -9,7 +9,7 @@
 --       8 fleeting           "1" if the ttl is too short to count on
 --
 -- Returns "OK"; "AGAIN", stored and a refresh was asked for meanwhile; "DETACHED", parked only; or "REFUSED".
--- A repeat gets "OK".
+-- A repeat gets the same, but "OK" for "DETACHED".
 local fence, attempt, kind = ARGV[1], ARGV[2], ARGV[3]
 local ttl_ms, park_ms = tonumber(ARGV[6]), tonumber(ARGV[7])
 
@@ -19,6 +19,9 @@ if flight[1] ~= fence or flight[2] ~= attempt then
   home, answer = of_fence('d', fence), 'DETACHED'
   flight = redis.call('HMGET', home, 'fence', 'attempt', 'started')
   if flight[1] ~= fence or flight[2] ~= attempt then
+    if remembered(fence) then
+      return 'AGAIN'
+    end
     if entry_fence() == fence or redis.call('EXISTS', of_fence('p', fence)) == 1 then
       return 'OK'
     end
@@ -26,6 +29,7 @@ if flight[1] ~= fence or flight[2] ~= attempt then
   end
 elseif flight[4] then
   answer = 'AGAIN'
+  remember(fence, '1', park_ms)
 end
 
 local store_as = nil

@@ -364,7 +364,7 @@ class OneKey(RuleBasedStateMachine):
     def invalidate(self) -> None:
         model = self.model
         model.version += 1
-        assert self.store.run(Invalidate(self.keys)) is (model.entry is not None)
+        assert self.store.run(Invalidate(self.keys, new_nonce(), 30.0)) is (model.entry is not None)
         model.entry = None
         if model.flight is not None:
             if model.flight.state == "R":
@@ -443,7 +443,7 @@ def test_every_order_of_steps(machine: type[OneKey]) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=150,
+            max_examples=80,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
@@ -452,6 +452,7 @@ def test_every_order_of_steps(machine: type[OneKey]) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_broken_builds_are_caught(mutant: str, machine: type[OneKey], monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine finds each of the deliberately broken scripts."""

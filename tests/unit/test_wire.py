@@ -30,7 +30,7 @@ EFFECTS: list[Script] = [
     protocol.Settle(KEYS, RUN, "V", PACKED, 5.0, 30.0),
     protocol.Disown(KEYS, "17-abc", "h/1/2", PACKED, 30.0),
     protocol.Put(KEYS, "n", PACKED, 5.0, 30.0, False),
-    protocol.Invalidate(KEYS),
+    protocol.Invalidate(KEYS, "n", 30.0),
     protocol.Leave(KEYS, Place("17-abc", 3)),
 ]
 

@@ -46,6 +46,7 @@ def test_killed_child(server: Server, start_worker: Callable[..., Any], key: str
     assert made.ran(key) == 2
 
 
+@pytest.mark.chaos
 def test_killed_tree(server: Server, start_worker: Callable[..., Any], key: str, acks: str) -> None:
     """When the whole worker is killed nobody can tell, and a caller takes over when the lease has passed."""
     made, worker = start_worker(server.url, server.url, acks=acks)
@@ -58,6 +59,7 @@ def test_killed_tree(server: Server, start_worker: Callable[..., Any], key: str,
     assert waiter.result(50) == "open"
 
 
+@pytest.mark.chaos
 @pytest.mark.rabbitmq
 def test_killed_with_rabbitmq(server: Server, amqp: str, start_worker: Callable[..., Any], key: str, acks: str) -> None:
     """RabbitMQ delivers a late-acknowledged message again at once; it never runs beside another attempt."""
@@ -72,6 +74,7 @@ def test_killed_with_rabbitmq(server: Server, amqp: str, start_worker: Callable[
     assert made.ran(key) == 2
 
 
+@pytest.mark.chaos
 def test_poison(server: Server, start_worker: Callable[..., Any], key: str) -> None:
     """A task that costs its worker twice fails for all who wait."""
     made, _ = start_worker(server.url, server.url, "--concurrency", "2")
@@ -83,6 +86,7 @@ def test_poison(server: Server, start_worker: Callable[..., Any], key: str) -> N
             waiter.result(50)
 
 
+@pytest.mark.chaos
 def test_frozen_worker(server: Server, start_worker: Callable[..., Any], key: str) -> None:
     """A worker that freezes past its lease is taken over, and what it settles after it woke up is refused."""
     made, frozen = start_worker(server.url, server.url, "--concurrency", "1")
@@ -131,6 +135,7 @@ def test_lost_notices(own_server: Server, start_worker: Callable[..., Any], key:
     assert waiter.result(20) == "open"
 
 
+@pytest.mark.chaos
 def test_emptied_server(own_server: Server, start_worker: Callable[..., Any], key: str) -> None:
     """When the server loses everything in mid-run the caller starts anew; the first run's value is refused."""
     made, _ = start_worker(own_server.url, own_server.url, "--concurrency", "2")
@@ -236,6 +241,7 @@ def test_greenlets(any_shop: tuple[Shop, str, str], key: str) -> None:
     assert made.ran(key) == 1
 
 
+@pytest.mark.chaos
 def test_nothing_is_left(own_server: Server, start_worker: Callable[..., Any], key: str) -> None:
     """After 500 keys nothing is left: no room, no thread but the listener's, no key without a time to live."""
     made, _ = start_worker(own_server.url, own_server.url, "--concurrency", "2")
