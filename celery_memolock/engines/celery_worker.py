@@ -20,6 +20,10 @@ from .celery import holder_of, store_of, ticket_in
 
 __all__ = ["FlightRequest"]
 
+#: Seconds until Celery's pool, which looks after its processes every five, has replaced one that was killed. A message
+#: that comes before may be given to the dead process, and lie there until another one comes.
+REFILLED = 6.0
+
 _Request: Any = importlib.import_module("celery.worker.request").Request
 logger = logging.getLogger("celery_memolock")
 
@@ -28,7 +32,7 @@ class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
     """Celery's record of one message in the worker's main process, for tasks that may be flights."""
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
-        """Let another worker take over at once when this one's child is gone."""
+        """Let another worker take over soon, whatever the lease, when this one's child is gone."""
         try:
             return super().on_failure(exc_info, send_failed_event, return_ok)
         finally:
@@ -59,5 +63,7 @@ class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
             except MemoLockError as error:
                 logger.warning("memolock leaves key %s to its lease: %s", ticket.keys.tag, error)
 
-        # The main process must not wait for a server that may be slow.
-        threading.Thread(target=tell, name="memolock-disown", daemon=True).start()
+        # In a thread, as the main process must not wait for a server that may be slow.
+        timer = threading.Timer(0.0 if outcome else REFILLED, tell)
+        timer.name, timer.daemon = "memolock-disown", True
+        timer.start()

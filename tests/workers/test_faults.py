@@ -35,7 +35,7 @@ def acks(request: pytest.FixtureRequest) -> str:
 
 
 def test_killed_child(server: Server, start_worker: Callable[..., Any], key: str, acks: str) -> None:
-    """When the pool's process is killed a waiting caller takes over at once: the worker's main process tells."""
+    """When the pool's process is killed the worker's main process tells: a caller takes over long before the lease."""
     made, _ = start_worker(server.url, server.url, "--concurrency", "2", acks=acks)
     gated = made.gated.with_options(lease=20)
     waiter = in_background(gated.get_cached, key)
