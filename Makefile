@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help test chaos model demo bench lint types clean
+.PHONY: help test chaos demo bench lint types clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | sort
 
@@ -19,9 +19,6 @@ test: $(STAMP)   ## unit, contract and integration tests on an own server
 chaos: $(STAMP)  ## processes killed and frozen, mutants caught, and a storm of a minute
 	$(BIN)/python -m pytest -m "chaos or slow" $(ARGS)
 	$(BIN)/python -m benchmarks.chaos --seconds 60
-
-model: $(STAMP)  ## the protocol under the model checker (needs spin and a C compiler)
-	$(BIN)/python -m pytest -m model $(ARGS)
 
 bench: $(STAMP)  ## all measurements, into benchmarks/results
 	$(BIN)/python -m benchmarks.hit --json benchmarks/results/hit.json

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -230,9 +231,9 @@ class CallerMethods(Generic[P, R]):
     """The methods that callers use, for a task and for `with_options` alike."""
 
     @property
+    @abstractmethod
     def memo(self) -> Memo[P, R]:
         """What the methods work on."""
-        raise NotImplementedError
 
     def get_cached(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Return the cached value, or wait for the one flight that computes it, for everybody.

@@ -19,8 +19,8 @@ TITLES = {"none": "no cache", "ttl": "plain TTL cache", "memolock": "memolock"}
 COLUMNS = {
     "requests": "requests",
     "errors": "errors",
-    "queries": "database queries",
-    "max_concurrent_queries": "most at once",
+    "queries": "queries",
+    "max_concurrent_queries": "at once",
     "p50_ms": "p50 ms",
     "p95_ms": "p95 ms",
     "p99_ms": "p99 ms",
@@ -31,7 +31,7 @@ COLOURS = {"none": "#c0392b", "ttl": "#d68910", "memolock": "#1e8449"}
 def table(outcomes: Sequence[Outcome]) -> Table:
     """Return the figures as a table for the terminal."""
     made = Table(title="The same visitors, the same database")
-    made.add_column("mode")
+    made.add_column("mode", no_wrap=True)
     for title in COLUMNS.values():
         made.add_column(title, justify="right")
     for outcome in outcomes:

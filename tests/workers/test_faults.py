@@ -166,18 +166,23 @@ print(json.dumps(shop.stock.get_cached(key + " in the parent")), flush=True)
 """
 
 
+def in_a_process(of: tuple[Shop, str, str], code: str, key: str) -> subprocess.CompletedProcess[str]:
+    """Run some code as another web process of a shop."""
+    made, broker, store = of
+    environment = {"SHOP_BROKER": broker, "SHOP_STORE": store, "SHOP_PREFIX": made.app.conf.memolock_prefix}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, key],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
 def test_fork_after_use(any_shop: tuple[Shop, str, str], key: str) -> None:
     """A process that forks after its first use: parent and child both go on, each with a listener of its own."""
-    made, broker, store = any_shop
-    environment = {
-        **os.environ,
-        "SHOP_BROKER": broker,
-        "SHOP_STORE": store,
-        "SHOP_PREFIX": made.app.conf.memolock_prefix,
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", FORK, key], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
-    )
+    done = in_a_process(any_shop, FORK, key)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert answers == [[f"{key} in the child", "stock"], [f"{key} in the parent", "stock"]], done.stderr
 
@@ -193,17 +198,8 @@ shop.await_start(sys.argv[1])
 
 def test_exit_with_waiters(any_shop: tuple[Shop, str, str], key: str) -> None:
     """A process may end while its threads wait."""
-    made, broker, store = any_shop
-    environment = {
-        **os.environ,
-        "SHOP_BROKER": broker,
-        "SHOP_STORE": store,
-        "SHOP_PREFIX": made.app.conf.memolock_prefix,
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", EXIT, key], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30
-    )
-    made.open_gate(key)
+    done = in_a_process(any_shop, EXIT, key)
+    any_shop[0].open_gate(key)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -222,23 +218,9 @@ print(len({str(job.value) for job in jobs}))
 
 def test_greenlets(any_shop: tuple[Shop, str, str], key: str) -> None:
     """200 greenlets of one process wait for one run."""
-    made, broker, store = any_shop
-    environment = {
-        **os.environ,
-        "SHOP_BROKER": broker,
-        "SHOP_STORE": store,
-        "SHOP_PREFIX": made.app.conf.memolock_prefix,
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", GREENLETS, key],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = in_a_process(any_shop, GREENLETS, key)
     assert done.stdout.split() == ["1"], done.stderr
-    assert made.ran(key) == 1
+    assert any_shop[0].ran(key) == 1
 
 
 @pytest.mark.chaos
