@@ -1,0 +1,26 @@
+"""The storm's witness catches deliberately broken builds; one that cannot fail is no witness."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.chaos.broken import MUTANTS
+from tests.workers.conftest import ROOT
+
+SEEN_AS = {"no-claim": "overlapping runs of one (fence, attempt)"}
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_witness_catches(mutant: str, tmp_path: Path) -> None:
+    """A broken build shows as the violation that it leads to."""
+    report = tmp_path / "report.json"
+    command = ["-m", "benchmarks.chaos", "--seconds", "20", "--rate", "0.4", "--broken", mutant, "--json", str(report)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 1, done.stderr
+    assert json.loads(report.read_text())["results"]["violations"][SEEN_AS.get(mutant, "stale answers")] > 0
