@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 
 import matplotlib as mpl
+from rich import box
 from rich.table import Table
 
 from .run import LET_IN, SLOWED, Outcome
@@ -30,7 +31,7 @@ COLOURS = {"none": "#c0392b", "ttl": "#d68910", "memolock": "#1e8449"}
 
 def table(outcomes: Sequence[Outcome]) -> Table:
     """Return the figures as a table for the terminal."""
-    made = Table(title="The same visitors, the same database")
+    made = Table(title="The same visitors, the same database", box=box.SIMPLE_HEAD)
     made.add_column("mode", no_wrap=True)
     for title in COLUMNS.values():
         made.add_column(title, justify="right")
