@@ -31,10 +31,10 @@ COLOURS = {"none": "#c0392b", "ttl": "#d68910", "memolock": "#1e8449"}
 
 def table(outcomes: Sequence[Outcome]) -> Table:
     """Return the figures as a table for the terminal."""
-    made = Table(title="The same visitors, the same database", box=box.SIMPLE_HEAD)
+    made = Table(title="The same visitors, the same database", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     made.add_column("mode", no_wrap=True)
     for title in COLUMNS.values():
-        made.add_column(title, justify="right")
+        made.add_column(title, justify="right", no_wrap=True)
     for outcome in outcomes:
         made.add_row(TITLES[outcome.mode], *_cells(outcome))
     return made
