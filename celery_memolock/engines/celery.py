@@ -551,7 +551,7 @@ def memolocked_task(*, ttl: float | timedelta, app: Any = None, **options: Any) 
             ``@app.task(base=MemoLockTask, memolock={...})``.
 
     Raises:
-        OptionError: an option is unknown, or has a value that makes no sense.
+        OptionError: an option is unknown, or has a value that makes no sense; or the function is async.
     """
     ours = {"ttl": ttl, **{name: options.pop(name) for name in list(options) if name in _OPTION_NAMES}}
     base = options.setdefault("base", MemoLockTask)
@@ -564,6 +564,8 @@ def memolocked_task(*, ttl: float | timedelta, app: Any = None, **options: Any) 
     checked = Options.build(ours)
 
     def decorate(function: Callable[..., Any]) -> Any:
+        if inspect.iscoroutinefunction(function):
+            raise OptionError(f"{function.__qualname__} is an async function, which Celery's workers do not run")
         signature = inspect.signature(function)
         if options.get("bind"):
             signature = signature.replace(parameters=list(signature.parameters.values())[1:])

@@ -218,7 +218,10 @@ def test_wrong_options_at_import(script: Callable[..., str]) -> None:
 for wrong in ({"ttl": -1}, {"ttl": 1, "wait_timout": 3}, {"ttl": 1, "ignore": ["nope"]}, {"ttl": 1, "key": "{nope}"}):
     print(error_of(lambda: memolocked_task(**wrong)(lambda key: key)))
 """
-    told = script(text).splitlines()
+    *told, coroutine = script(
+        text + "\nasync def later(key): ...\nprint(error_of(memolocked_task(ttl=1), later))"
+    ).splitlines()
+    assert coroutine.startswith("OptionError: later is an async function")
     assert all(line.startswith("OptionError: ") for line in told)
     assert [name in line for name, line in zip(["ttl", "wait_timout", "ignore", "key"], told, strict=True)] == [
         True
