@@ -10,6 +10,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,32 +48,51 @@ def test_smallest(environment: dict[str, str], start_worker: Start) -> None:
     assert "10 callers, 1 run" in done.stdout, done.stdout + done.stderr
 
 
-def test_flask_app(environment: dict[str, str], start_worker: Start) -> None:
-    """Many visitors of two web processes get one report, and another one after a sale."""
-    start_worker("examples.flask_app:celery_app", ROOT, environment)
+@contextmanager
+def site(app: str, environment: dict[str, str]) -> Iterator[str]:
+    """Serve an app with gunicorn, as the examples say, on a port of our own."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        site = f"http://127.0.0.1:{listening.getsockname()[1]}"
         command = ["gunicorn", "--workers", "2", "--threads", "8", "--bind", f"fd://{listening.fileno()}"]
         with subprocess.Popen(
-            [sys.executable, "-m", *command, "examples.flask_app:app"],
+            [sys.executable, "-m", *command, app],
             cwd=ROOT,
             env=environment,
             pass_fds=[listening.fileno()],
             stderr=subprocess.DEVNULL,
         ) as web:
             try:
-                # The socket listens already, so the first request waits for a web process.
-                assert _get(f"{site}/health") == b"ok"
-                with ThreadPoolExecutor(16) as visitors:
-                    pages = list(visitors.map(_get, [f"{site}/stock/tea"] * 16))
-                assert len(set(pages)) == 1
-                assert json.loads(pages[0])["article"] == "tea"
-                sold = urllib.request.Request(f"{site}/stock/tea/sold", method="POST")
-                with urllib.request.urlopen(sold, timeout=30) as answer:
-                    assert json.load(answer) == {"dropped": True}
-                assert json.loads(_get(f"{site}/stock/tea"))["article"] == "tea"
+                yield f"http://127.0.0.1:{listening.getsockname()[1]}"
             finally:
                 web.terminate()
+
+
+def test_flask_app(environment: dict[str, str], start_worker: Start) -> None:
+    """Many visitors of two web processes get one report, and another one after a sale."""
+    start_worker("examples.flask_app:celery_app", ROOT, environment)
+    with site("examples.flask_app:app", environment) as address:
+        # The socket listens already, so the first request waits for a web process.
+        assert _get(f"{address}/health") == b"ok"
+        with ThreadPoolExecutor(16) as visitors:
+            pages = list(visitors.map(_get, [f"{address}/stock/tea"] * 16))
+        assert len(set(pages)) == 1
+        assert json.loads(pages[0])["article"] == "tea"
+        sold = urllib.request.Request(f"{address}/stock/tea/sold", method="POST")
+        with urllib.request.urlopen(sold, timeout=30) as answer:
+            assert json.load(answer) == {"dropped": True}
+        assert json.loads(_get(f"{address}/stock/tea"))["article"] == "tea"
+
+
+def test_queue_page(environment: dict[str, str], start_worker: Start, tmp_path: Path) -> None:
+    """The page of the demo, by hand: its table, its worker, its site."""
+    environment |= {
+        "MEMOLOCK_DEMO_REDIS": environment["MEMOLOCK_REDIS_URL"],
+        "MEMOLOCK_DEMO_DATABASE": f"sqlite:///{tmp_path}/demo.sqlite",
+        "MEMOLOCK_DEMO_RECORDS": str(tmp_path),
+    }
+    subprocess.run([sys.executable, "-m", "examples.queue_page"], cwd=ROOT, env=environment, check=True, timeout=60)
+    start_worker("examples.queue_page:celery_app", ROOT, environment)
+    with site("examples.queue_page:app", environment) as address:
+        assert json.loads(_get(f"{address}/queue/sale?user=7")) == {"in": False, "waiting": 5500}
 
 
 def _get(url: str) -> bytes:
