@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help test chaos demo bench lint types clean
+.PHONY: help test model chaos demo bench lint types clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | sort
 
@@ -15,6 +15,9 @@ $(STAMP): pyproject.toml
 
 test: $(STAMP)   ## unit, contract and integration tests on an own server
 	$(BIN)/python -m pytest $(ARGS)
+
+model: $(STAMP)  ## the protocol under the model checker Spin (needs spin and gcc)
+	$(BIN)/python -m pytest -m model $(ARGS)
 
 chaos: $(STAMP)  ## processes killed and frozen, mutants caught, and a storm of a minute
 	$(BIN)/python -m pytest -m "chaos or slow" $(ARGS)

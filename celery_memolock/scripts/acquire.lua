@@ -48,7 +48,7 @@ if mode == 'miss' then
   end
 end
 
-local flight = redis.call('HMGET', FLIGHT, 'fence', 'state', 'takeovers')
+local flight = redis.call('HMGET', FLIGHT, 'fence', 'state', 'takeovers', 'attempt')
 local fence, state = flight[1], flight[2]
 if fence then
   local left = lease_left(FLIGHT)
@@ -57,7 +57,7 @@ if fence then
     return {'WIN', fence, left}
   end
   if left > 0 then
-    if mode == 'force' and state == 'R' then
+    if mode == 'force' and flight[4] ~= '0' then  -- it runs, or ran and may still do so beside its own retry
       redis.call('HSET', FLIGHT, 'again', 1)
     end
     return wait(FLIGHT, fence, left)

@@ -27,23 +27,26 @@ if state == 'R' and flight[5] == nonce then
   return {'RUN', fence, attempt}
 end
 
+local counted = tonumber(flight[4])
+if retries < counted then
+  return {'SKIP', 'an old copy from before a retry'}
+end
 if fence ~= message_fence then
   -- An older message may do the work of the current flight, or take-overs under a backlog would move it to the
   -- tail of the queue for ever.
   if state == 'R' or fence_time(message_fence) > fence_time(fence) then
     return {'SKIP', 'another flight took over'}
   end
-elseif retries < tonumber(flight[4]) then
-  return {'SKIP', 'an old copy from before a retry'}
-elseif state == 'R' and retries == tonumber(flight[4]) then
+elseif state == 'R' then
   local left = lease_left(FLIGHT)
   if left > 0 then
-    if redelivered then
+    -- More retries than recorded: the earlier run could not announce its retry, and may still be alive.
+    if redelivered or retries > counted then
       return {'DEFER', left}
     end
     return {'SKIP', 'a duplicate: it runs already'}
   end
-  if crashed(tonumber(ARGV[9]), ARGV[11], ARGV[12], tonumber(ARGV[10])) then
+  if retries == counted and crashed(tonumber(ARGV[9]), ARGV[11], ARGV[12], tonumber(ARGV[10])) then
     return {'SKIP', 'it killed too many workers'}
   end
 end
@@ -69,6 +72,7 @@ attempt = attempt + 1
 set_state('R')
 redis.call('HSET', FLIGHT, 'attempt', attempt, 'retries', retries, 'claim', nonce, 'holder', holder,
   'started', int(now), 'takeovers', 0)
+redis.call('HDEL', FLIGHT, 'again')  -- whoever asked for newer data gets them from this run
 set_lease(FLIGHT, lease_ms)
 run_alive(fence, attempt, lease_ms)
 return {'RUN', fence, attempt}

@@ -19,7 +19,7 @@ if flight[1] ~= fence or flight[2] ~= attempt then
   home, answer = of_fence('d', fence), 'DETACHED'
   flight = redis.call('HMGET', home, 'fence', 'attempt', 'started')
   if flight[1] ~= fence or flight[2] ~= attempt then
-    if remembered(fence) then
+    if remembered(fence .. '-' .. attempt) then
       return 'AGAIN'
     end
     if entry_fence() == fence or redis.call('EXISTS', of_fence('p', fence)) == 1 then
@@ -29,7 +29,7 @@ if flight[1] ~= fence or flight[2] ~= attempt then
   end
 elseif flight[4] then
   answer = 'AGAIN'
-  remember(fence, '1', park_ms)
+  remember(fence .. '-' .. attempt, '1', park_ms)
 end
 
 local store_as = nil

@@ -64,7 +64,7 @@ class Flight:
     crashes: int = 0
     lapsed: bool = False
     holder: str = ""
-    claim: str = ""
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class OneKey(RuleBasedStateMachine):
                     model.flight = None
                     return
             assert isinstance(reply, Won)
-            model.flight = Flight(reply.fence, crashes=crashes)
+            model.flight = Flight(reply.fence, crashes=crashes, again=model.flight is not None and model.flight.again)
             self.undispatched.append(reply.fence)
         if isinstance(reply, Waiting | Won):
             caller.following, caller.sequence = reply.fence, self.sequence
@@ -231,22 +231,23 @@ class OneKey(RuleBasedStateMachine):
         if flight is None:
             assert isinstance(reply, Skip)
             return
+        if retries < flight.retries:
+            assert isinstance(reply, Skip)
+            return
         if flight.fence != fence:
             older = int(fence.split("-")[0]) <= int(flight.fence.split("-")[0])
             if flight.state == "R" or not older:
                 assert isinstance(reply, Skip)
                 return
-        elif retries < flight.retries:
-            assert isinstance(reply, Skip)
-            return
-        elif flight.state == "R" and retries == flight.retries:
+        elif flight.state == "R":
             if not flight.lapsed:
-                assert isinstance(reply, Defer if redelivered else Skip)
-                if redelivered:
+                deferred = redelivered or retries > flight.retries
+                assert isinstance(reply, Defer if deferred else Skip)
+                if deferred:
                     self.messages.append(message)
                 return
-            flight.crashes += 1
-            if flight.crashes >= OPTIONS.max_crashes:
+            flight.crashes += retries == flight.retries
+            if retries == flight.retries and flight.crashes >= OPTIONS.max_crashes:
                 assert isinstance(reply, Skip)
                 self.model.parked[flight.fence] = None
                 self.model.flight = None
@@ -260,6 +261,7 @@ class OneKey(RuleBasedStateMachine):
         assert isinstance(reply, Run)
         flight.attempt += 1
         flight.state, flight.retries, flight.lapsed, flight.holder = "R", retries, False, holder
+        flight.again = False
         assert reply == Run(flight.fence, flight.attempt)
         assert (reply.fence, reply.attempt) not in self.ran, "one attempt ran twice"
         self.ran.add((reply.fence, reply.attempt))
@@ -279,7 +281,7 @@ class OneKey(RuleBasedStateMachine):
         answer = self.store.run(effect)
         model = self.model
         if model.flight is not None and (model.flight.fence, model.flight.attempt) == (run.fence, run.attempt):
-            assert answer == "OK"
+            assert answer == ("AGAIN" if model.flight.again else "OK")
             model.flight = None
             model.alive.discard((run.fence, run.attempt))
             if version is None:
@@ -294,16 +296,21 @@ class OneKey(RuleBasedStateMachine):
         else:
             known = run.fence in model.parked or (model.entry is not None and model.entry[0] == run.fence)
             assert answer == ("OK" if known else "REFUSED")
-        if answer in ("OK", "DETACHED"):
-            assert self.store.run(effect) == "OK", "a repeat must not be refused"
+        if answer != "REFUSED":
+            assert self.store.run(effect) == ("AGAIN" if answer == "AGAIN" else "OK"), "a repeat must not be refused"
 
     @precondition(lambda self: self.working)
-    @rule(data=st.data())
-    def retry(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), heard=st.sampled_from([True, True, False]), goes_on=st.booleans())
+    def retry(self, data: st.DataObject, heard: bool, goes_on: bool) -> None:
+        """The message is sent again, even if the server did not hear of it; with throw=False the run goes on."""
         work = data.draw(st.sampled_from(self.working))
-        self.working.remove(work)
+        if not goes_on:
+            self.working.remove(work)
         flight = self.model.flight
         retries = 1 + (flight.retries if flight else 0)
+        if not heard:
+            self.messages.append((work.run.fence, retries))
+            return
         answer = self.store.run(Requeue(self.keys, work.run, retries, 600.0))
         if flight is not None and (flight.fence, flight.attempt) == (work.run.fence, work.run.attempt):
             assert answer == "OK"
@@ -358,6 +365,17 @@ class OneKey(RuleBasedStateMachine):
         assert not concerned
 
     # ---- operators and time
+
+    @precondition(lambda self: self.model.flight is not None and not self.model.flight.lapsed)
+    @rule()
+    def refresh(self) -> None:
+        """What began before a refresh is never its last word."""
+        flight = self.model.flight
+        assert flight is not None
+        reply = self.store.run(Acquire(self.keys, OPTIONS, new_nonce(), "force", "", "", None, 30.0, PARK, CRASHED))
+        assert isinstance(reply, Waiting)
+        assert reply.fence == flight.fence
+        flight.again = flight.again or flight.attempt > 0
 
     @precondition(lambda self: self.model.entry is not None or self.model.flight is not None)
     @rule()

@@ -26,8 +26,10 @@ from celery_memolock.protocol import (
     Place,
     Put,
     Renew,
+    Requeue,
     Run,
     Settle,
+    Skip,
     Waiting,
     Won,
     new_nonce,
@@ -237,6 +239,44 @@ def test_overlap_is_bounded(store: Store, keys: Keys) -> None:
     deferred = claim(store, keys, third.fence, long)
     assert isinstance(deferred, Defer)
     assert 0 < deferred.delay <= 10
+
+
+def test_retry_that_the_server_did_not_hear_of(store: Store, keys: Keys) -> None:
+    """Its message says that it is a later one; it waits for the lease of the earlier run, which may be alive."""
+    won = acquire(store, keys)
+    first = claim(store, keys, won.fence)
+    assert isinstance(claim(store, keys, won.fence, retries=1), Defer)
+    run = until(lambda: found if isinstance(found := claim(store, keys, won.fence, retries=1), Run) else None)
+    assert run == Run(won.fence, 2)
+    assert settle(store, keys, first, "old") == "REFUSED"
+
+
+def test_old_message_does_not_cut_a_retry_short(store: Store, keys: Keys) -> None:
+    """A message of an older flight does not run the current one before its retry is due, nor count from the start."""
+    slow = Options(ttl=60, dispatch_lease=0.05)
+    old = acquire(store, keys, slow)
+    new = until(lambda: found if isinstance(found := acquire(store, keys, slow), Won) else None)
+    run = claim(store, keys, new.fence)
+    assert store.run(Requeue(keys, run, 1, 60.0)) == "OK"
+    assert isinstance(claim(store, keys, old.fence), Skip)
+    assert claim(store, keys, new.fence, retries=1) == Run(new.fence, 2)
+
+
+def test_refresh_between_a_run_and_its_retry(store: Store, keys: Keys) -> None:
+    """With ``retry(throw=False)`` the earlier run may settle; a refresh that was asked for meanwhile still comes."""
+    run = claim(store, keys, acquire(store, keys).fence)
+    assert store.run(Requeue(keys, run, 1, 60.0)) == "OK"
+    assert isinstance(acquire(store, keys, mode="force"), Waiting)
+    assert settle(store, keys, run, "old") == "AGAIN"
+
+
+def test_refresh_before_a_retry_needs_no_other(store: Store, keys: Keys) -> None:
+    """A run that began after the refresh was asked for is all that was wanted."""
+    won = acquire(store, keys)
+    run = claim(store, keys, won.fence)
+    assert isinstance(acquire(store, keys, mode="force"), Waiting)
+    assert store.run(Requeue(keys, run, 1, 60.0)) == "OK"
+    assert settle(store, keys, claim(store, keys, won.fence, retries=1), "new") == "OK"
 
 
 def test_leave_removes_only_its_own(store: Store, client: redis.Redis, keys: Keys) -> None:
