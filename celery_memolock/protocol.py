@@ -7,6 +7,7 @@ differ only in how.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from .errors import (
 )
 from .keys import Keys
 from .options import Options
-from .rooms import Broken, Place, Rooms, Seat, Settled, Turn
+from .rooms import Broken, Place, Rooms, Seat, Settled
 
 __all__ = [
     "MISS",
@@ -97,6 +98,9 @@ class Missing(Enum):
 MISS: Final = Missing.MISS
 
 UNCLAIMED: Final = ("P", "Q")
+
+#: Seconds that the broker is given at least, however soon the caller that won the flight gives up.
+LEAST_DISPATCH: Final = 1.0
 
 
 def new_nonce() -> str:
@@ -205,9 +209,14 @@ class Script:
 
 @dataclass(frozen=True, slots=True)
 class Get:
-    """Read the entry → bytes or None. All that a hit costs."""
+    """Read the entry → bytes or None. All that a hit costs.
+
+    Attributes:
+        patience: seconds that the caller has.
+    """
 
     keys: Keys
+    patience: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -448,8 +457,10 @@ def fetch(call: Call, rooms: Rooms, clock: Callable[[], float]) -> Core[Any]:
             f"task {call.task!r} asked for key {call.keys.tag!r} while computing it; the chain is: "
             + " -> ".join(Keys(entry).tag for entry in (*call.chain, call.keys.entry))
         )
+    began = clock()
+    deadline = began + call.options.wait_timeout
     seen = ""
-    raw = yield Get(call.keys)
+    raw = yield Get(call.keys, call.options.wait_timeout)
     if raw is not None:
         try:
             return _value(call, raw)
@@ -457,13 +468,12 @@ def fetch(call: Call, rooms: Rooms, clock: Callable[[], float]) -> Core[Any]:
             yield Unreadable(error)
             seen = _fence(raw)
 
-    began = clock()
-    deadline = began + call.options.wait_timeout
-    yield Listen(call.options.wait_timeout)
+    yield Listen(max(0.0, deadline - clock()))
     seat: Seat = yield TakeSeat()
     rooms.enter(call.keys.entry, seat)
     place: Place | None = None
     flight: tuple[str, float] | None = None
+    trouble: StoreUnavailable | None = None
     try:
         while True:
             turn = yield Wait(seat, deadline - clock())
@@ -471,10 +481,9 @@ def fetch(call: Call, rooms: Rooms, clock: Callable[[], float]) -> Core[Any]:
                 return _value(call, turn.raw)
             if isinstance(turn, Broken):
                 raise turn.error(turn.message)
-            if turn is Turn.LOOK:
-                yield from _look(call, rooms, seat, seen, deadline, clock)
-            else:
+            if turn is None or clock() >= deadline:
                 break
+            trouble = yield from _look(call, rooms, seat, seen, deadline, clock)
     except GeneratorExit:
         rooms.leave(seat)  # the driver is gone: nobody would perform what follows
         raise
@@ -485,7 +494,7 @@ def fetch(call: Call, rooms: Rooms, clock: Callable[[], float]) -> Core[Any]:
                 flight = yield Leave(call.keys, place)
             except StoreUnavailable:
                 pass  # the registration goes with its flight, at the latest with the flight's lease
-    raise WaitTimeout(_too_late(call, clock() - began, flight))
+    raise WaitTimeout(_too_late(call, clock() - began, flight)) from trouble
 
 
 def refresh(call: Call) -> Core[bool]:
@@ -503,7 +512,7 @@ def refresh(call: Call) -> Core[bool]:
 
 def peek(call: Call) -> Core[Any]:
     """Return the stored value, or `MISS`."""
-    raw = yield Get(call.keys)
+    raw = yield Get(call.keys, call.options.wait_timeout)
     if raw is not None:
         try:
             return _value(call, raw)
@@ -522,33 +531,42 @@ def put(call: Call, value: Any) -> Core[None]:
     yield Put(call.keys, new_nonce(), call.codec.pack(value), call.options.ttl, call.park, call.fleeting)
 
 
-def _look(call: Call, rooms: Rooms, seat: Seat, seen: str, deadline: float, clock: Callable[[], float]) -> Core[None]:
+def _look(
+    call: Call, rooms: Rooms, seat: Seat, seen: str, deadline: float, clock: Callable[[], float]
+) -> Core[StoreUnavailable | None]:
+    """Look for everybody in the room → what kept this caller, and only this one, from getting a reply in its time."""
     look = rooms.begin_look(seat)
     try:
         wanted = max(0.0, deadline - clock())
         reply = yield _acquire(call, "miss", seen, look.following, look.sequence, wanted)
     except StoreUnavailable as error:
+        if clock() >= deadline:
+            rooms.interrupted(look)  # the others may have more time
+            return error
         rooms.broken(look, StoreUnavailable, str(error))
-        return
+        return None
     except BaseException:
         rooms.interrupted(look)
         raise
     if isinstance(reply, Done):
         rooms.settled(look, reply.raw)
-        return
+        return None
     polls = (call.options.poll_interval, call.options.max_poll_interval)
     left = reply.lease if isinstance(reply, Won) else reply.lease_left
     rooms.wait(look, reply.fence, left, clock(), polls)
     # An inline caller does not wait for a worker to begin: it may well occupy the only one.
     if isinstance(reply, Won) or (call.inline() and reply.state in UNCLAIMED):
-        yield from _dispatch(call, reply.fence)
+        yield from _dispatch(call, reply.fence, wanted)
+    return None
 
 
-def _dispatch(call: Call, fence: str) -> Core[None]:
+def _dispatch(call: Call, fence: str, patience: float = math.inf) -> Core[None]:
+    # Others may have more time than the winner has, so it is not the winner's last moment that fails the flight.
+    timeout = min(call.options.dispatch_lease, max(patience, LEAST_DISPATCH))
     ticket = Ticket(call.keys, fence, call.chain, call.overrides)
     inline = call.inline()
     try:
-        yield Dispatch(ticket, inline, call.options.dispatch_lease)
+        yield Dispatch(ticket, inline, timeout)
     except Exception as error:
         # The flight fails for all its waiters; were they to try in turn, each would wait for the broker.
         yield Settle(call.keys, Run(fence, 0), "E", pack_error(error), call.options.error_ttl, call.park)

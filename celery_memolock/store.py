@@ -7,8 +7,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Sequence
+from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 import redis
@@ -16,23 +16,26 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError
 from redis.retry import Retry
 
+from .connections import MOST_CONNECTIONS, Busy, Connections, Packed
 from .errors import ConfigurationError, StoreUnavailable
 from .inbox import Inbox
 from .keys import Keys
-from .protocol import Hold, Renew, Run, Script
+from .protocol import Acquire, Hold, Leave, Renew, Run, Script
 from .wire import arguments, reply, script_of
 
 __all__ = ["Store"]
 
 logger = logging.getLogger("celery_memolock")
-T = TypeVar("T")
 
 #: What a connection is made with unless the URL or the given client says otherwise. A second attempt is safe: every
 #: script that changes something gives a repeated call the same answer.
 CONNECTION: Final[dict[str, Any]] = {"socket_connect_timeout": 2.0, "socket_timeout": 5.0}
 
-#: Of one process to one server, beside the inbox. Each is held for one round trip, so many more callers share them.
-MOST_CONNECTIONS: Final = 100
+#: Seconds that giving up a registration may take. It goes with its flight in any case, and the caller's time is over.
+LEAVE_PATIENCE: Final = 0.25
+
+#: The least that a look is given, however little time its caller has left.
+LOOK_PATIENCE: Final = 0.05
 
 
 class Store:
@@ -73,9 +76,10 @@ class Store:
         """What this process listens with."""
         return self._inbox
 
-    def get(self, keys: Keys) -> bytes | None:
+    def get(self, keys: Keys, patience: float | None = None) -> bytes | None:
         """Read the entry."""
-        return self._guard(lambda: self._client.execute_command("GET", keys.entry))  # type: ignore[no-any-return]
+        links = self._connections
+        return self._guard(links.pack("GET", keys.entry), 1, patience)[0]  # type: ignore[no-any-return]
 
     def run(self, effect: Script) -> Any:
         """Run an effect's script and return its reply.
@@ -85,14 +89,13 @@ class Store:
         """
         source = script_of(effect)
         rest = (4, *effect.keys.all, *arguments(effect, self._inbox.channel))
-
-        def call() -> Any:
-            try:
-                return self._client.execute_command("EVALSHA", source.sha, *rest)
-            except NoScriptError:
-                return self._client.execute_command("EVAL", source.text, *rest)
-
-        return reply(effect, self._guard(call))
+        pack = self._connections.pack
+        patience = _patience(effect)
+        try:
+            raw = self._guard(pack("EVALSHA", source.sha, *rest), 1, patience)[0]
+        except NoScriptError:
+            raw = self._guard(pack("EVAL", source.text, *rest), 1, patience)[0]
+        return reply(effect, raw)
 
     def run_all(self, effects: Sequence[Script]) -> list[Any]:
         """Run scripts in one round trip → their replies, or `StoreUnavailable` in the place of one that failed.
@@ -100,17 +103,12 @@ class Store:
         Raises:
             StoreUnavailable: the server cannot be reached.
         """
-
-        def call() -> list[Any]:
-            with self._client.pipeline(transaction=False) as pipeline:
-                for effect in effects:
-                    source = script_of(effect)
-                    rest = (4, *effect.keys.all, *arguments(effect, self._inbox.channel))
-                    pipeline.execute_command("EVALSHA", source.sha, *rest)
-                return list(pipeline.execute(raise_on_error=False))
-
+        packed: list[bytes] = []
+        for effect in effects:
+            rest = (4, *effect.keys.all, *arguments(effect, self._inbox.channel))
+            packed += self._connections.pack("EVALSHA", script_of(effect).sha, *rest)
         replies: list[Any] = []
-        for effect, raw in zip(effects, self._guard(call), strict=True):
+        for effect, raw in zip(effects, self._guard(packed, len(effects), None, True), strict=True):
             try:
                 replies.append(self.run(effect) if isinstance(raw, Exception) else reply(effect, raw))
             except StoreUnavailable as error:
@@ -139,28 +137,31 @@ class Store:
         """Stop the listener and close all connections."""
         self._inbox.close()
         self._heart.close()
+        self._connections.close()
         self._client.connection_pool.disconnect()
         _stores.discard(self)
 
     def _begin(self) -> None:
-        self._free = threading.Semaphore(MOST_CONNECTIONS)
+        self._connections = Connections(self._client.connection_pool)
         self._inbox = Inbox(self._client, self._prefix)
         self._heart = _Heart(self)
 
     def _after_fork(self) -> None:
-        # Threads do not survive a fork, locks may be held for ever, and the channel is the parent's. The
-        # connection pool notices by itself.
+        # Threads do not survive a fork, locks may be held for ever, and channel and connections are the
+        # parent's.
         self._inbox.abandon()
         self._begin()
 
-    def _guard(self, call: Callable[[], T]) -> T:
-        # The pool refuses whoever finds no connection free, and the client's blocking pool costs twice as much.
-        if not self._free.acquire(timeout=self._patience):
-            raise StoreUnavailable(
-                f"all {MOST_CONNECTIONS} connections to Redis at {self.address} were busy for {self._patience:g} s"
-            )
+    def _guard(self, packed: Packed, replies: int, patience: float | None, refusals: bool = False) -> list[Any]:
         try:
-            return call()
+            answers = self._connections.ask(packed, replies, patience)
+            for answer in answers:
+                if isinstance(answer, redis.ResponseError) and not refusals:
+                    raise answer
+        except NoScriptError:
+            raise
+        except Busy:
+            raise StoreUnavailable(f"all {MOST_CONNECTIONS} connections to Redis at {self.address} are busy") from None
         except redis.TimeoutError as error:
             raise StoreUnavailable(f"Redis at {self.address} did not answer in time: {error}") from error
         except redis.AuthenticationError as error:
@@ -169,8 +170,17 @@ class Store:
             raise StoreUnavailable(f"Redis at {self.address} cannot be reached: {error}") from error
         except redis.RedisError as error:
             raise StoreUnavailable(f"Redis at {self.address} refused a command: {error}") from error
-        finally:
-            self._free.release()
+        return answers
+
+
+def _patience(effect: Script) -> float | None:
+    """Return for how many seconds somebody waits for a script's reply; None if for as long as it may take."""
+    match effect:
+        case Acquire(wanted=wanted, register=int()):
+            return max(wanted, LOOK_PATIENCE)
+        case Leave():
+            return LEAVE_PATIENCE
+    return None
 
 
 class _Heart:
@@ -255,11 +265,7 @@ def _own_client(client: redis.Redis) -> redis.Redis:
     pool = client.connection_pool
     kwargs = {**CONNECTION, **{k: v for k, v in pool.connection_kwargs.items() if v is not None}}
     kwargs.update(decode_responses=False, retry=Retry(NoBackoff(), 1), retry_on_error=[redis.ConnectionError])
-    return redis.Redis(
-        connection_pool=redis.ConnectionPool(
-            connection_class=pool.connection_class, max_connections=2 * MOST_CONNECTIONS, **kwargs
-        )
-    )
+    return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **kwargs))
 
 
 def _address(client: Any) -> str:

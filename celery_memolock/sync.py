@@ -83,8 +83,8 @@ class Driver:
     def __call__(self, effect: Any) -> Any:
         """Perform one effect and return its reply."""
         match effect:
-            case protocol.Get(keys):
-                return self._store.get(keys)
+            case protocol.Get(keys, patience):
+                return self._store.get(keys, patience)
             case Script():
                 return self._store.run(effect)
             case protocol.Wait(seat, timeout):

@@ -38,6 +38,7 @@ class SourceDown(Exception):
 
 
 @memolocked_task(
+    app=app,
     name="chaos.value",
     ttl=2,
     lease=1,

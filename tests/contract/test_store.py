@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,7 +66,8 @@ def keys(prefix: str) -> Keys:
 
 def acquire(store: Store, keys: Keys, options: Options = OPTIONS, **changed: Any) -> Any:
     values: dict[str, Any] = {"nonce": new_nonce(), "mode": "miss", "seen": "", "following": "", "register": 1}
-    return store.run(Acquire(keys, options, wanted=30.0, park=30.0, crashed=FAILED, **{**values, **changed}))
+    values["wanted"] = 30.0
+    return store.run(Acquire(keys, options, park=30.0, crashed=FAILED, **{**values, **changed}))
 
 
 def claim(store: Store, keys: Keys, fence: str, options: Options = OPTIONS, **changed: Any) -> Any:
@@ -314,6 +316,63 @@ def test_full_server(prefix: str, keys: Keys, any_server: Server) -> None:
         finally:
             client.config_set("maxmemory", "0")
     store.close()
+
+
+@pytest.fixture
+def own_server() -> Iterator[Server]:
+    """A server of one test alone, to be struck by its faults."""
+    with Server() as started:
+        yield started
+
+
+def test_frozen_server_holds_nobody_beyond_its_patience(own_server: Server, prefix: str, keys: Keys) -> None:
+    """Who has little time passes that on to the socket; so does giving up a registration, where no time is left."""
+    store = Store.from_url(own_server.url, prefix)
+    assert isinstance(acquire(store, keys), Won)
+    own_server.freeze()
+    for ask in (
+        lambda: store.get(keys, 0.1),
+        lambda: acquire(store, keys, wanted=0.1),
+        lambda: store.run(Leave(keys, Place("", 1))),
+    ):
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable, match="did not answer in time"):
+            ask()
+        assert time.monotonic() - began < 2.0  # of the five seconds of the connection's own time-out
+    own_server.thaw()
+    assert isinstance(acquire(store, keys), Won | Waiting)
+    store.close()
+
+
+def test_connections_are_shared_and_bounded(store: Store, client: redis.Redis, keys: Keys) -> None:
+    """300 threads share at most 100 connections, and each gets its own answer."""
+    values = {number: Keys.of(keys.tag[:8], f"t:1:{number}") for number in range(300)}
+    for number, each in values.items():
+        client.set(each.entry, number, px=60000)
+    before = int(client.info("clients")["connected_clients"])
+    barrier = threading.Barrier(300)
+    wrong = []
+
+    def ask(number: int) -> None:
+        barrier.wait()
+        got = {store.get(values[number]) for _ in range(20)}
+        if got != {str(number).encode()}:
+            wrong.append(number)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in values]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert int(client.info("clients")["connected_clients"]) - before <= 100
+
+
+def test_connections_closed_by_the_server(store: Store, client: redis.Redis, keys: Keys) -> None:
+    """An idle connection that the server closed is replaced in passing."""
+    assert store.get(keys) is None
+    client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    assert store.get(keys) is None
 
 
 def test_password_is_not_shown() -> None:

@@ -19,7 +19,7 @@ LAYERS = [
     {"rooms"},
     {"protocol"},
     {"wire"},
-    {"inbox"},
+    {"connections", "inbox"},
     {"store"},
     {"sync"},
     {"engines.celery"},

@@ -54,7 +54,7 @@ from celery_memolock.protocol import (
     peek,
     refresh,
 )
-from celery_memolock.rooms import Rooms, Seat
+from celery_memolock.rooms import Rooms, Seat, Turn
 
 OPTIONS = Options(ttl=5)
 KEYS = Keys.of("memolock", "shop.f:1:abc")
@@ -180,6 +180,32 @@ def test_store_down() -> None:
         with pytest.raises(StoreUnavailable):
             ask(server)
         assert len(server.rooms) == 0
+
+
+def test_server_that_is_slower_than_a_caller_is_patient() -> None:
+    """A look that came to nothing because its caller had no more time ends that caller alone: another one looks."""
+    server = Server(Acquire=StoreUnavailable("did not answer in time"))
+    others = [Seat(lambda: None) for _ in range(2)]
+
+    def slow(effect: Any) -> Any:
+        if isinstance(effect, Acquire):
+            for seat in others:
+                server.rooms.enter(KEYS.entry, seat)
+            server.now += effect.wanted
+        return server(effect)
+
+    with pytest.raises(WaitTimeout) as caught:
+        drive(fetch(call(wait_timeout=1), server.rooms, server.clock), slow)
+    assert isinstance(caught.value.__cause__, StoreUnavailable)
+    assert [seat.turn for seat in others] == [Turn.LOOK, None]
+
+
+@pytest.mark.parametrize(("wait_timeout", "expected"), [(0.1, 1.0), (3, 3.0), (30, 5.0)])
+def test_patience_with_the_broker(wait_timeout: float, expected: float) -> None:
+    """A caller does not wait for the broker much longer than it waits at all, nor fails others' flight in a blink."""
+    server = Server(Acquire=[Won("17-abc", 5.0), Done(entry(7))])
+    assert ask(server, wait_timeout=wait_timeout) == 7
+    assert next(effect for effect in server.asked if isinstance(effect, Dispatch)).timeout == expected
 
 
 def test_unreadable_entry_is_a_miss() -> None:
