@@ -191,6 +191,7 @@ class _Flight:
             logger.info("memolock skips a message of key %s: %s", self._call.keys.tag, done.reason)
             raise Ignore
         if isinstance(done, Defer):
+            logger.info("memolock defers a message of key %s for %.1f s", self._call.keys.tag, done.delay)
             self._send_again(args, kwargs, done.delay)
             raise Ignore
         if done.answer == "AGAIN":
@@ -227,15 +228,21 @@ class _Flight:
             return Returned(self._task.run(*args, **kwargs))
         except (Retry, Ignore, Reject) as left:
             self._left_by = left
-            if isinstance(left, Reject) and vars(left)["requeue"] and not self._goes_on:
+            comes_back = isinstance(left, Reject) and vars(left)["requeue"] and self._task.acks_late
+            if comes_back and not self._goes_on:
                 self.requeue(self._task.request.retries, 0.0)
             elif isinstance(left, Reject) or not self._goes_on:
-                name = type(left).__name__
-                return Raised(FlightFailed(f"task {self._task.name!r} ended without a value: {name}({left})"))
+                return Raised(FlightFailed(self._without_value(left)))
             return GoesOn()
         except Exception as error:
             self._left_by = error
             return Raised(error)
+
+    def _without_value(self, left: BaseException) -> str:
+        text = f"task {self._task.name!r} ended without a value: {type(left).__name__}: {left}"
+        if isinstance(left, Reject) and vars(left)["requeue"] and not self._task.acks_late:
+            text += " (a message that was acknowledged early cannot be requeued: set acks_late=True)"
+        return text
 
     def _send_again(self, args: tuple[Any, ...], kwargs: dict[str, Any], delay: float) -> None:
         request: Any = self._task.request

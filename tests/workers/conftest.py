@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import signals
 
 from celery_memolock.server import Server
 from tests.conftest import missing
@@ -101,7 +104,8 @@ def _starting(folder: Path) -> Iterator[Callable[..., Any]]:
             worker = Worker(environment, folder / f"{uuid.uuid4().hex[:8]}.log", *flags)
             stack.callback(worker.stop)
             worker.await_ready()
-            return shop.make(broker, store, prefix, result_backend=settings.get("results")), worker
+            made = shop.make(broker, store, prefix, settings.get("records"), result_backend=settings.get("results"))
+            return made, worker
 
         yield start
 
@@ -131,9 +135,82 @@ def any_shop(
 
 
 @pytest.fixture
+def sent() -> Iterator[list[str]]:
+    """The ids of the messages that this process sends."""
+    ids: list[str] = []
+
+    def note(headers: dict[str, Any], **_: Any) -> None:
+        ids.append(headers["id"])
+
+    signals.after_task_publish.connect(note)
+    yield ids
+    signals.after_task_publish.disconnect(note)
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Callable[[str], Any]:
+    """Measure how long a with block takes, from a fault to the answer; `python -m benchmarks.recovery` collects it."""
+
+    @contextmanager
+    def measure(fault: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        if "MEMOLOCK_RECOVERY" in os.environ:
+            line = {"fault": fault, "test": request.node.nodeid, "seconds": time.monotonic() - began}
+            with Path(os.environ["MEMOLOCK_RECOVERY"]).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    return measure
+
+
+@pytest.fixture
+def own_server() -> Iterator[Server]:
+    """A server of one test alone, to be struck by its faults."""
+    with Server() as started:
+        yield started
+
+
+@pytest.fixture(params=["early", "late"])
+def acks(request: pytest.FixtureRequest) -> str:
+    """When the worker acknowledges a message."""
+    return str(request.param)
+
+
+@pytest.fixture
 def key() -> str:
     """A key that no other test uses."""
     return f"key-{uuid.uuid4().hex[:8]}"
+
+
+def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """Ask again and again until the answer is true, and return it."""
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while not (found := true()):
+        assert time.monotonic() < deadline, "it never became true"
+        pause.wait(0.02)
+    return found
+
+
+def in_a_process(of: tuple[shop.Shop, str, str], code: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run some code as another web process of a shop."""
+    with another_process(of, code, *args) as process:
+        out, error = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(args, process.returncode, out, error)
+
+
+def another_process(of: tuple[shop.Shop, str, str], code: str, *args: str) -> subprocess.Popen[str]:
+    """Start another web process of a shop."""
+    made, broker, store = of
+    environment = {"SHOP_BROKER": broker, "SHOP_STORE": store, "SHOP_PREFIX": made.app.conf.memolock_prefix}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code, *args],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def in_background(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import redis
 from celery import Celery, Task
+from celery.exceptions import Ignore, Reject
 
 from celery_memolock import MemoLockTask, memolocked_task
 
@@ -19,7 +20,7 @@ class Sold(Exception):
 
 @dataclass
 class Shop:
-    """An app, its tasks, and the records of their runs in the store's server."""
+    """An app, its tasks, and the records of their runs."""
 
     app: Celery
     records: redis.Redis
@@ -43,8 +44,8 @@ class Shop:
         self.records.rpush(f"gate:{key}", value)
 
 
-def make(broker: str, store: str, prefix: str, **conf: Any) -> Shop:
-    """Make the app with all its tasks."""
+def make(broker: str, store: str, prefix: str, records_at: str | None = None, **conf: Any) -> Shop:
+    """Make the app with all its tasks; the records are kept in the store's server unless there is another."""
     app = Celery("tests.workers.shop", broker=broker)
     app.conf.update(
         memolock_redis_url=store,
@@ -56,7 +57,7 @@ def make(broker: str, store: str, prefix: str, **conf: Any) -> Shop:
         broker_connection_retry_on_startup=True,
         **conf,
     )
-    records: Any = redis.Redis.from_url(store, socket_timeout=60, max_connections=1000)
+    records: Any = redis.Redis.from_url(records_at or store, socket_timeout=60, max_connections=1000)
 
     def ran(key: str) -> None:
         records.rpush(f"ran:{key}", f"{os.getpid()} {time.monotonic()}")
@@ -141,8 +142,69 @@ def make(broker: str, store: str, prefix: str, **conf: Any) -> Shop:
     def add(left: int, right: int) -> int:
         return left + right
 
+    @memolocked_task(app=app, ttl=60, name="shop.ending", bind=True, acks_late=True)
+    def ending(self: Any, key: str, how: str) -> str:
+        ran(key)
+        if how == "ignore":
+            raise Ignore("enough")
+        if how == "reject":
+            raise Reject("no", requeue=False)
+        if how == "requeue" and records.llen(f"ran:{key}") == 1:
+            raise Reject("later", requeue=True)
+        if how == "replace":
+            self.replace(add.s(1, 2))
+        if how == "go on" and not self.request.retries:
+            self.retry(countdown=1, throw=False)
+            return "of the run that went on"
+        return "of the second run"
+
+    @memolocked_task(app=app, ttl=60, name="shop.early", acks_late=False)
+    def early(key: str) -> str:
+        ran(key)
+        raise Reject("later", requeue=True)
+
+    @memolocked_task(app=app, ttl=60, name="shop.soft", soft_time_limit=0.5)
+    def soft(key: str) -> str:
+        ran(key)
+        return str(records.blpop([f"gate:{key}"], 55))
+
+    @memolocked_task(app=app, ttl=60, name="shop.hard", time_limit=1)
+    def hard(key: str) -> str:
+        ran(key)
+        return str(records.blpop([f"gate:{key}"], 55))
+
+    @memolocked_task(app=app, ttl=60, name="shop.expiring", expires=0.2)
+    def expiring(key: str) -> str:
+        ran(key)
+        return key
+
+    @memolocked_task(app=app, ttl=60, name="shop.sourced", bind=True, max_retries=1)
+    def sourced(self: Any, key: str, then: str = "") -> int:
+        ran(key)
+        version = int(records.get(f"source:{key}") or 0)  # type: ignore[arg-type]
+        records.rpush(f"started:{key}", os.getpid())
+        if then == "retry" and not self.request.retries:
+            self.retry(countdown=1)
+        if then == "gate":
+            records.blpop([f"gate:{key}"], 55)
+        return version
+
+    @memolocked_task(app=app, ttl=60, name="shop.crowded")
+    def crowded(key: str, seconds: float) -> str:
+        ran(key)
+        records.rpush(f"alive:{key}", records.incr(f"now:{key}"))
+        time.sleep(seconds)
+        records.decr(f"now:{key}")
+        return key
+
+    @memolocked_task(app=app, ttl=60, name="shop.missing", cache_errors={Sold: 60})
+    def missing(key: str) -> str:
+        ran(key)
+        raise Sold(key) if "sold" in key else KeyError(key)
+
     by_class: Task[Any, Any] = app.register_task(ByClass())
     tasks = [stock, plain, slow, gated, failing, unencodable, bound, flaky, retrying, outer, circle, with_base, add]
+    tasks += [ending, early, soft, hard, expiring, sourced, crowded, missing]
     named = {task.name.removeprefix("shop."): task for task in [*tasks, by_class]}
     return Shop(app, records, named)
 
@@ -152,6 +214,7 @@ if "SHOP_BROKER" in os.environ:
         os.environ["SHOP_BROKER"],
         os.environ["SHOP_STORE"],
         os.environ["SHOP_PREFIX"],
+        os.environ.get("SHOP_RECORDS"),
         task_acks_late=os.environ.get("SHOP_ACKS") == "late",
         result_backend=os.environ.get("SHOP_RESULTS"),
     )
