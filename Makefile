@@ -19,13 +19,14 @@ test: $(STAMP)   ## unit, contract and integration tests on an own server
 model: $(STAMP)  ## the protocol under the model checker Spin (needs spin and gcc)
 	$(BIN)/python -m pytest -m model $(ARGS)
 
-chaos: $(STAMP)  ## processes killed and frozen, mutants caught, and a storm of a minute
+chaos: $(STAMP)  ## faults injected into real processes, mutants caught, and a storm of a minute
 	$(BIN)/python -m pytest -m "chaos or slow" $(ARGS)
 	$(BIN)/python -m benchmarks.chaos --seconds 60
 
 bench: $(STAMP)  ## all measurements, into benchmarks/results
 	$(BIN)/python -m benchmarks.hit --json benchmarks/results/hit.json
 	$(BIN)/python -m benchmarks.herd --json benchmarks/results/herd.json
+	$(BIN)/python -m benchmarks.recovery --json benchmarks/results/recovery.json
 
 demo: $(STAMP)   ## the queue page: no cache, plain cache, memolock (ARGS="--users 1000")
 	$(BIN)/celery-memolock demo $(ARGS)

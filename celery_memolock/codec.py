@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bz2
 import lzma
+import re
 import sys
 import traceback
 import zlib
@@ -28,7 +29,7 @@ from .errors import DecodeError, EncodeError, OptionError, RemoteTraceback, Task
 if TYPE_CHECKING:
     from .options import Options
 
-__all__ = ["Codec", "Entry", "Packed", "check_formats", "pack_error", "unpack_error"]
+__all__ = ["Codec", "Entry", "Packed", "check_formats", "fence_of", "pack_error", "unpack_error"]
 
 _MAGIC = b"ML1"
 _LONGEST_TRACEBACK = 32_768
@@ -90,6 +91,12 @@ class Entry:
             )
         except ValueError:
             raise DecodeError("a stored entry has no header that this version can read") from None
+
+
+def fence_of(raw: bytes) -> str:
+    """Return what the server, too, takes for the fence of a stored value, be the rest as broken as it may; else ""."""
+    found = re.match(rb"ML1 V ([0-9]+-[0-9A-Za-z]+) ", raw[:128])
+    return found[1].decode("ascii") if found else ""
 
 
 class Codec:

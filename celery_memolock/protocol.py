@@ -15,7 +15,7 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any, Final, Literal, TypeVar
 
-from .codec import Codec, Entry, Packed, pack_error, unpack_error
+from .codec import Codec, Entry, Packed, fence_of, pack_error, unpack_error
 from .errors import (
     DecodeError,
     EncodeError,
@@ -466,7 +466,7 @@ def fetch(call: Call, rooms: Rooms, clock: Callable[[], float]) -> Core[Any]:
             return _value(call, raw)
         except (DecodeError, ValueTooLarge) as error:
             yield Unreadable(error)
-            seen = _fence(raw)
+            seen = fence_of(raw)
 
     yield Listen(max(0.0, deadline - clock()))
     seat: Seat = yield TakeSeat()
@@ -605,13 +605,6 @@ def _value(call: Call, raw: bytes) -> Any:
     if entry.failed:
         raise unpack_error(entry)
     return call.codec.unpack(entry)
-
-
-def _fence(raw: bytes) -> str:
-    try:
-        return Entry.parse(raw).fence
-    except DecodeError:
-        return ""  # the server cannot read it either, and takes it for absent
 
 
 def _too_late(call: Call, waited: float, flight: tuple[str, float] | None) -> str:

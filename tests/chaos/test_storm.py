@@ -15,7 +15,6 @@ from tests.workers.conftest import ROOT
 SEEN_AS = {"no-claim": "overlapping runs of one (fence, attempt)"}
 
 
-@pytest.mark.chaos
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_witness_catches(mutant: str, tmp_path: Path) -> None:
     """A broken build shows as the violation that it leads to."""
@@ -24,3 +23,15 @@ def test_witness_catches(mutant: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=110)
     assert done.returncode == 1, done.stderr
     assert json.loads(report.read_text())["results"]["violations"][SEEN_AS.get(mutant, "stale answers")] > 0
+
+
+@pytest.mark.rabbitmq
+def test_storm_over_rabbitmq(amqp: str, tmp_path: Path) -> None:
+    """Half a minute of faults with RabbitMQ as the broker: what must not happen does not."""
+    report = tmp_path / "report.json"
+    command = ["-m", "benchmarks.chaos", "--seconds", "30", "--rate", "1", "--broker", amqp, "--json", str(report)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(report.read_text())["results"]
+    assert sum(results["faults"].values()) > 3
+    assert results["calls"]["answers"] > 1000

@@ -155,15 +155,16 @@ def test_hard_time_limit(server: Server, start_worker: Start, key: str, measured
     assert made.ran(key) == 1
 
 
-def test_poison(server: Server, start_worker: Start, key: str) -> None:
+def test_poison(server: Server, start_worker: Start, key: str, measured: Measured) -> None:
     """A task that costs its worker twice fails for all who wait."""
     made, _ = start_worker(server.url, server.url, "--concurrency", "2")
     waiters = [in_background(made.gated.with_options(wait_timeout=60).get_cached, key) for _ in range(3)]
-    for _ in range(2):
-        os.kill(made.await_start(key), signal.SIGKILL)
-    for waiter in waiters:
-        with pytest.raises(FlightFailed, match="lost its worker 2 times"):
-            waiter.result(50)
+    with measured("a task kills its worker twice"):
+        for _ in range(2):
+            os.kill(made.await_start(key), signal.SIGKILL)
+        for waiter in waiters:
+            with pytest.raises(FlightFailed, match="lost its worker 2 times"):
+                waiter.result(50)
 
 
 def test_frozen_worker(server: Server, start_worker: Start, key: str, measured: Measured) -> None:

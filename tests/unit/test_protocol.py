@@ -215,6 +215,9 @@ def test_unreadable_entry_is_a_miss() -> None:
     assert ask(server) == 7
     assert Unreadable in server.kinds()
     assert next(effect for effect in server.asked if isinstance(effect, Acquire)).seen == "9-fff"
+    half = Server(Get=b"ML1 V 9-fff x y z json utf-8 -\n1", Acquire=Done(entry(7)))
+    assert ask(half) == 7
+    assert next(effect for effect in half.asked if isinstance(effect, Acquire)).seen == "9-fff"
     garbage = Server(Get=b"garbage", Acquire=Done(entry(7)))
     assert ask(garbage) == 7
 

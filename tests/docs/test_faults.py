@@ -1,0 +1,37 @@
+"""The table of faults: every test that it names is there, and every figure is the one that was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE = (ROOT / "docs" / "faults.md").read_text()
+
+
+def test_the_tests_are_there() -> None:
+    """No row rests on a test that was renamed or is gone."""
+    named = set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", PAGE))
+    assert len(named) > 50
+    for file, test in named:
+        (found,) = (ROOT / "tests").glob(f"*/{file}")
+        assert f"\ndef {test}(" in found.read_text(), f"{file}::{test}"
+
+
+def test_the_figures_were_measured() -> None:
+    """A row shows what `python -m benchmarks.recovery` found for its test."""
+    measured = json.loads((ROOT / "benchmarks" / "results" / "recovery.json").read_text())["results"]
+    shown = 0
+    for row in PAGE.splitlines():
+        for file, test in re.findall(r"`(test_\w+\.py)::(test_\w+)`", row):
+            figures = {
+                f"{found['seconds']['median']:.2f} ({found['seconds']['max']:.2f})"
+                for found in measured.values()
+                if any(name.endswith(f"{file}::{test}") for name in found["tests"])
+            }
+            written = set(re.findall(r"\d+\.\d\d \(\d+\.\d\d\)", row))
+            if figures and written:
+                assert written & figures, row
+                shown += 1
+    assert shown > 20
