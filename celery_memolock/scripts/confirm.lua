@@ -6,8 +6,11 @@
 --
 -- Returns 1 if the flight is queued now, else 0.
 local flight = redis.call('HMGET', FLIGHT, 'fence', 'state')
-if flight[1] ~= ARGV[1] or flight[2] ~= 'P' then
+if flight[1] ~= ARGV[1] or flight[2] == 'R' then
   return 0
+end
+if flight[2] == 'Q' then
+  return 1
 end
 set_state('Q')
 set_lease(FLIGHT, stretched(tonumber(ARGV[2])))

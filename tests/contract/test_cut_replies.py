@@ -566,7 +566,6 @@ def outcomes(request: pytest.FixtureRequest, theatre: Theatre, server: Server) -
 
 #: What a repeat answers where it is another answer that leads to the same deeds.
 OTHER_ANSWERS: dict[str, Any] = {
-    "confirm_queues": False,
     "claim_finds_the_last_crash": ("Skip", ["the flight is over"]),
     "claim_skips_what_nobody_wants": ("Skip", ["the flight is over"]),
     "requeue_of_a_run_moved_aside": "LOST",
