@@ -125,6 +125,16 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
         ran(key)
         return circle.get_cached(key)
 
+    @memolocked_task(app=app, ttl=60, name="shop.ping")
+    def ping(key: str, nested: str) -> Any:
+        ran(key)
+        return pong.with_options(nested=nested).get_cached(key, nested)
+
+    @memolocked_task(app=app, ttl=60, name="shop.pong")
+    def pong(key: str, nested: str) -> Any:
+        ran(key)
+        return ping.with_options(nested=nested).get_cached(key, nested)
+
     @app.task(base=MemoLockTask, shared=False, name="shop.with_base", memolock={"ttl": 60, "ignore": ("request",)})
     def with_base(key: str, request: str = "") -> str:
         ran(key)
@@ -204,7 +214,7 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
 
     by_class: Task[Any, Any] = app.register_task(ByClass())
     tasks = [stock, plain, slow, gated, failing, unencodable, bound, flaky, retrying, outer, circle, with_base, add]
-    tasks += [ending, early, soft, hard, expiring, sourced, crowded, missing]
+    tasks += [ping, pong, ending, early, soft, hard, expiring, sourced, crowded, missing]
     named = {task.name.removeprefix("shop."): task for task in [*tasks, by_class]}
     return Shop(app, records, named)
 

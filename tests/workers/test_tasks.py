@@ -79,6 +79,15 @@ def test_circle(any_shop: AnyShop, key: str) -> None:
         made.circle.get_cached(key)
 
 
+@pytest.mark.parametrize("nested", ["inline", "dispatch"])
+def test_circle_of_two(any_shop: AnyShop, key: str, nested: str) -> None:
+    """Two tasks that ask for each other's keys hear so, in one worker's process or across several."""
+    made, *_ = any_shop
+    with pytest.raises(ReentrantFlight, match=r"shop\.ping.* -> shop\.pong.* -> shop\.ping"):
+        made.ping.get_cached(key, nested)
+    assert made.ran(key) == 2
+
+
 def test_wrong_arguments(any_shop: AnyShop, key: str) -> None:
     """Wrong arguments are the `TypeError` of a call, and nothing is dispatched."""
     made, *_ = any_shop
