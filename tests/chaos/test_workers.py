@@ -173,9 +173,9 @@ def test_frozen_worker(server: Server, start_worker: Start, key: str, measured: 
     slow = made.slow.with_options(wait_timeout=60)
     waiter = in_background(slow.get_cached, key, 1.5)
     until(lambda: made.ran(key))
-    another(start_worker, made, server.url, server.url)
-    with measured("a worker is frozen (lease 1 s; the run takes 1.5 s)"):
+    with measured("a worker is frozen (lease 1 s; another one starts, and the run takes 1.5 s)"):
         os.killpg(frozen.process.pid, signal.SIGSTOP)
+        another(start_worker, made, server.url, server.url)
         assert waiter.result(50) == key
     assert made.ran(key) == 2
     made.slow.set_cached("kept", key, 1.5)
