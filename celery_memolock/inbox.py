@@ -51,6 +51,11 @@ class Inbox:
         for end in (self._wake, self._woken):
             end.setblocking(False)
 
+    @property
+    def listening(self) -> bool:
+        """Whether notices can arrive right now."""
+        return self._ready.is_set()
+
     def listen(self, timeout: float) -> bool:
         """Return True as soon as the server has acknowledged the subscription, False after `timeout` seconds."""
         if self._ready.is_set():

@@ -62,6 +62,7 @@ __all__ = [
     "Skip",
     "TakeSeat",
     "Ticket",
+    "Uncached",
     "Unreadable",
     "Wait",
     "Waiting",
@@ -369,6 +370,11 @@ class Dispatch:
     ticket: Ticket
     inline: bool
     timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Uncached:
+    """Run the bare task here and now, without cache or flight → its result."""
 
 
 @dataclass(frozen=True, slots=True)

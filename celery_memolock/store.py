@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -20,6 +22,7 @@ from .connections import MOST_CONNECTIONS, Busy, Connections, Packed
 from .errors import ConfigurationError, StoreUnavailable
 from .inbox import Inbox
 from .keys import Keys
+from .pipe import Pipe
 from .protocol import Acquire, Hold, Leave, Renew, Run, Script
 from .wire import arguments, reply, script_of
 
@@ -52,6 +55,7 @@ class Store:
         self._client: Any = _own_client(client)  # Any: half of the client is untyped
         self._prefix = prefix
         self.address = _address(self._client)
+        self._troubles = _Troubles(self.address)
         kwargs = self._client.connection_pool.connection_kwargs
         self._patience: float = kwargs["socket_connect_timeout"] + kwargs["socket_timeout"]
         self._begin()
@@ -79,7 +83,14 @@ class Store:
     def get(self, keys: Keys, patience: float | None = None) -> bytes | None:
         """Read the entry."""
         links = self._connections
-        return self._guard(links.pack("GET", keys.entry), 1, patience)[0]  # type: ignore[no-any-return]
+        with self._troubles:
+            return _checked(links.ask(links.pack("GET", keys.entry), 1, patience))  # type: ignore[no-any-return]
+
+    async def aget(self, keys: Keys, patience: float | None = None) -> bytes | None:
+        """Do what `get` does, from asyncio."""
+        with self._troubles:
+            packed = self._connections.pack("GET", keys.entry)
+            return _checked(await self._pipe().ask(packed, 1, patience))  # type: ignore[no-any-return]
 
     def run(self, effect: Script) -> Any:
         """Run an effect's script and return its reply.
@@ -87,14 +98,23 @@ class Store:
         Raises:
             StoreUnavailable: the server cannot be reached, or refused.
         """
-        source = script_of(effect)
-        rest = (4, *effect.keys.all, *arguments(effect, self._inbox.channel))
-        pack = self._connections.pack
         patience = _patience(effect)
-        try:
-            raw = self._guard(pack("EVALSHA", source.sha, *rest), 1, patience)[0]
-        except NoScriptError:
-            raw = self._guard(pack("EVAL", source.text, *rest), 1, patience)[0]
+        with self._troubles:
+            try:
+                raw = _checked(self._connections.ask(self._packed(effect), 1, patience))
+            except NoScriptError:
+                raw = _checked(self._connections.ask(self._packed(effect, by_text=True), 1, patience))
+        return reply(effect, raw)
+
+    async def arun(self, effect: Script) -> Any:
+        """Do what `run` does, from asyncio."""
+        patience = _patience(effect)
+        with self._troubles:
+            pipe = self._pipe()
+            try:
+                raw = _checked(await pipe.ask(self._packed(effect), 1, patience))
+            except NoScriptError:
+                raw = _checked(await pipe.ask(self._packed(effect, by_text=True), 1, patience))
         return reply(effect, raw)
 
     def run_all(self, effects: Sequence[Script]) -> list[Any]:
@@ -103,17 +123,27 @@ class Store:
         Raises:
             StoreUnavailable: the server cannot be reached.
         """
-        packed: list[bytes] = []
-        for effect in effects:
-            rest = (4, *effect.keys.all, *arguments(effect, self._inbox.channel))
-            packed += self._connections.pack("EVALSHA", script_of(effect).sha, *rest)
+        with self._troubles:
+            raw = self._connections.ask([part for effect in effects for part in self._packed(effect)], len(effects))
         replies: list[Any] = []
-        for effect, raw in zip(effects, self._guard(packed, len(effects), None, True), strict=True):
+        for effect, each in zip(effects, raw, strict=True):
             try:
-                replies.append(self.run(effect) if isinstance(raw, Exception) else reply(effect, raw))
+                replies.append(self.run(effect) if isinstance(each, Exception) else reply(effect, each))
             except StoreUnavailable as error:
                 replies.append(error)
         return replies
+
+    def _packed(self, effect: Script, by_text: bool = False) -> Packed:
+        source = script_of(effect)
+        how = ("EVAL", source.text) if by_text else ("EVALSHA", source.sha)
+        return self._connections.pack(*how, 4, *effect.keys.all, *arguments(effect, self._inbox.channel))
+
+    def _pipe(self) -> Pipe:
+        loop = asyncio.get_running_loop()
+        pipe = self._pipes.get(loop)
+        if pipe is None:
+            pipe = self._pipes[loop] = Pipe(self._client.connection_pool)
+        return pipe
 
     def listen(self, timeout: float) -> None:
         """Return when notices to this process can arrive, within `timeout` seconds or the connection's own time-outs.
@@ -138,11 +168,15 @@ class Store:
         self._inbox.close()
         self._heart.close()
         self._connections.close()
+        for loop, pipe in list(self._pipes.items()):
+            with contextlib.suppress(RuntimeError):  # the loop is closed already
+                loop.call_soon_threadsafe(pipe.close)
         self._client.connection_pool.disconnect()
         _stores.discard(self)
 
     def _begin(self) -> None:
         self._connections = Connections(self._client.connection_pool)
+        self._pipes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pipe] = weakref.WeakKeyDictionary()
         self._inbox = Inbox(self._client, self._prefix)
         self._heart = _Heart(self)
 
@@ -152,25 +186,41 @@ class Store:
         self._inbox.abandon()
         self._begin()
 
-    def _guard(self, packed: Packed, replies: int, patience: float | None, refusals: bool = False) -> list[Any]:
-        try:
-            answers = self._connections.ask(packed, replies, patience)
-            for answer in answers:
-                if isinstance(answer, redis.ResponseError) and not refusals:
-                    raise answer
-        except NoScriptError:
-            raise
-        except Busy:
-            raise StoreUnavailable(f"all {MOST_CONNECTIONS} connections to Redis at {self.address} are busy") from None
-        except redis.TimeoutError as error:
-            raise StoreUnavailable(f"Redis at {self.address} did not answer in time: {error}") from error
-        except redis.AuthenticationError as error:
-            raise StoreUnavailable(f"Redis at {self.address} refused the log-in: {error}") from error
-        except (redis.ConnectionError, OSError) as error:
-            raise StoreUnavailable(f"Redis at {self.address} cannot be reached: {error}") from error
-        except redis.RedisError as error:
-            raise StoreUnavailable(f"Redis at {self.address} refused a command: {error}") from error
-        return answers
+
+class _Troubles:
+    """Tells what the client library's errors mean to a caller."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if not isinstance(error, redis.RedisError | OSError | Busy):
+            return
+        raise StoreUnavailable(f"Redis at {self._address} {_trouble(error)}") from error
+
+
+def _trouble(error: Exception) -> str:
+    match error:
+        case Busy():
+            return f"is slow: all {MOST_CONNECTIONS} connections are busy"
+        case redis.TimeoutError():
+            return f"did not answer in time: {error}"
+        case redis.AuthenticationError():
+            return f"refused the log-in: {error}"
+        case redis.ConnectionError() | OSError():
+            return f"cannot be reached: {error}"
+    return f"refused a command: {error}"
+
+
+def _checked(answers: list[Any]) -> Any:
+    """Return the one answer, or raise it if it is a refusal."""
+    (answer,) = answers
+    if isinstance(answer, redis.ResponseError):
+        raise answer
+    return answer
 
 
 def _patience(effect: Script) -> float | None:

@@ -36,6 +36,7 @@ from ..errors import (
     StoreUnavailable,
 )
 from ..keys import KeyMaker, Keys
+from ..memo import CallerMethods, Memo, computing
 from ..options import CALL_OPTIONS, Options
 from ..protocol import (
     Call,
@@ -52,7 +53,7 @@ from ..protocol import (
     drive,
 )
 from ..store import Store
-from ..sync import CallerMethods, Driver, Memo, computing
+from ..sync import Driver
 
 __all__ = ["MemoLockTask", "memolocked_task"]
 
@@ -252,7 +253,8 @@ class _Flight:
 
     def _refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
-            self._task.memo.override({"nested": "dispatch"}).refresh(args, kwargs)
+            memo = self._task.memo.override({"nested": "dispatch"})
+            memo.run(memo.refresh(args, kwargs), args, kwargs)
         except MemoLockError as error:
             logger.warning("memolock could not start the refresh that was asked for: %s", error)
 

@@ -82,6 +82,29 @@ def test_flask_app(environment: dict[str, str], start_worker: Start) -> None:
         assert json.loads(_get(f"{address}/stock/tea"))["article"] == "tea"
 
 
+def test_fastapi_app(environment: dict[str, str], start_worker: Start) -> None:
+    """10,000 requests at one process wait for one task."""
+    start_worker("examples.fastapi_app:celery_app", ROOT, environment)
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as listening:
+        uvicorn = ["-m", "uvicorn", "examples.fastapi_app:app", "--fd", str(listening.fileno()), "--log-level", "error"]
+        with subprocess.Popen(
+            [sys.executable, *uvicorn], cwd=ROOT, env=environment, pass_fds=[listening.fileno()]
+        ) as web:
+            try:
+                address = f"http://127.0.0.1:{listening.getsockname()[1]}/stock/tea"
+                done = subprocess.run(
+                    [sys.executable, "-m", "examples.fastapi_app", "10000", address],
+                    cwd=ROOT,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    timeout=90,
+                )
+            finally:
+                web.terminate()
+    assert done.stdout == "10,000 requests, 1 answer, 1 run\n", done.stdout + done.stderr
+
+
 def test_queue_page(environment: dict[str, str], start_worker: Start, tmp_path: Path) -> None:
     """The page of the demo, by hand: its table, its worker, its site."""
     environment |= {

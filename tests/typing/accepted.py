@@ -31,6 +31,19 @@ queue_size.set_cached(7, "q1")
 size = queue_size.peek("q1")
 if size is not MISS:
     assert_type(size, int)
+
+
+async def in_a_loop() -> None:
+    assert_type(await queue_size.aget_cached("q1"), int)
+    assert_type(await queue_size.with_options(wait_timeout=2).aget_cached("q1"), int)
+    assert_type(await queue_size.arefresh("q1"), bool)
+    assert_type(await queue_size.ainvalidate("q1"), bool)
+    await queue_size.aset_cached(7, "q1")
+    found = await queue_size.apeek("q1")
+    if found is not MISS:
+        assert_type(found, int)
+
+
 task: MemoLockTask[[str], int] | None = None
 queue_size.delay("q1")
 queue_size.s("q1")

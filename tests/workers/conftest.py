@@ -124,13 +124,17 @@ def start_worker(tmp_path: Path) -> Iterator[Callable[..., Any]]:
         yield start
 
 
-@pytest.fixture(scope="session", params=[pytest.param("redis"), pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
+@pytest.fixture(
+    scope="session", params=["redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq), "redis, asked from asyncio"]
+)
 def any_shop(
     request: pytest.FixtureRequest, server: Server, start_for_all: Callable[..., Any]
 ) -> tuple[shop.Shop, str, str]:
-    """A shop with a running worker over each broker in turn, with the broker's and the store's URL."""
-    broker = server.url if request.param == "redis" else request.getfixturevalue("amqp")
+    """A shop with a running worker over each broker and for each driver in turn, with broker's and store's URL."""
+    broker = request.getfixturevalue("amqp") if request.param == "rabbitmq" else server.url
     made, _ = start_for_all(broker, server.url, "--concurrency", "4", results=server.url)
+    if "asyncio" in request.param:
+        made.driver = "asyncio"
     return made, broker, server.url
 
 

@@ -1,12 +1,13 @@
-"""One of several web processes: for each line on standard input, ask with many threads at once.
+"""One of several web processes: for each line on standard input, ask with many callers at once.
 
-A line is JSON: ``[task, arguments]``. The answer is one JSON list of what the threads got.
+A line is JSON: ``[task, arguments]``. The answer is one JSON list of what the callers got. They are threads, or with
+``MEMOLOCK_DRIVER=asyncio`` coroutines of one loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-import os
 import sys
 import threading
 from typing import Any
@@ -14,30 +15,66 @@ from typing import Any
 from tests.workers.shop import shop
 
 
+def failure(error: Exception) -> list[str]:
+    return [type(error).__name__, str(error), str(error.__cause__)[-200:]]
+
+
+def threads(task: Any, arguments: list[Any], callers: int) -> list[Any]:
+    """Ask from threads that start together."""
+    got: list[Any] = []
+    start = threading.Barrier(callers)
+
+    def ask() -> None:
+        start.wait()
+        try:
+            got.append(["value", task.get_cached(*arguments)])
+        except Exception as error:
+            got.append(failure(error))
+
+    crowd = [threading.Thread(target=ask) for _ in range(callers)]
+    for thread in crowd:
+        thread.start()
+    for thread in crowd:
+        thread.join()
+    return got
+
+
+async def coroutines(task: Any, arguments: list[Any], callers: int) -> list[Any]:
+    """Ask from coroutines of one loop."""
+    asked = await asyncio.gather(*(task.aget_cached(*arguments) for _ in range(callers)), return_exceptions=True)
+    return [failure(each) if isinstance(each, Exception) else ["value", each] for each in asked]
+
+
 def main() -> None:
-    threads = int(sys.argv[1])
+    callers = int(sys.argv[1])
     print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        name, arguments = json.loads(line)
-        task = shop.tasks[name]
-        got: list[Any] = []
-        start = threading.Barrier(threads)
+    with asyncio.Runner() if sys.version_info >= (3, 11) else _Runner() as runner:
+        for line in sys.stdin:
+            name, arguments = json.loads(line)
+            task = shop.tasks[name]
+            if shop.driver == "asyncio":
+                got = runner.run(coroutines(task, arguments, callers))
+            else:
+                got = threads(task, arguments, callers)
+            print(json.dumps(got), flush=True)
 
-        def ask(task: Any = task, arguments: Any = arguments, got: Any = got, start: Any = start) -> None:
-            start.wait()
-            try:
-                got.append(["value", task.get_cached(*arguments)])
-            except Exception as error:
-                got.append([type(error).__name__, str(error), str(error.__cause__)[-200:]])
 
-        crowd = [threading.Thread(target=ask) for _ in range(threads)]
-        for thread in crowd:
-            thread.start()
-        for thread in crowd:
-            thread.join()
-        print(json.dumps(got), flush=True)
+class _Runner:
+    """What `asyncio.Runner` is from Python 3.11 on."""
+
+    def __enter__(self) -> _Runner:
+        self._loop = asyncio.new_event_loop()
+        return self
+
+    def run(self, coroutine: Any) -> Any:
+        return self._loop.run_until_complete(coroutine)
+
+    def __exit__(self, *_: object) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0.05))
+        self._loop.close()
 
 
 if __name__ == "__main__":
-    assert os.environ["SHOP_BROKER"]
     main()

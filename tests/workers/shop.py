@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -18,16 +20,50 @@ class Sold(Exception):
     """An exception of the application's own."""
 
 
+class Loop:
+    """An event loop in a thread of its own, for those who ask from asyncio."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="loop", daemon=True).start()
+
+    def run(self, coroutine: Any) -> Any:
+        """Run a coroutine there, and return its result here."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+
+class FromAsyncio:
+    """A task, or `with_options` of it, whose caller methods are asked from asyncio."""
+
+    loop: ClassVar[Loop | None] = None
+
+    def __init__(self, methods: Any) -> None:
+        self._methods = methods
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "with_options":
+            return lambda **options: FromAsyncio(self._methods.with_options(**options))
+        found = getattr(self._methods, name)
+        if name not in ("get_cached", "peek", "refresh", "invalidate", "set_cached"):
+            return found
+        if FromAsyncio.loop is None:
+            FromAsyncio.loop = Loop()
+        loop = FromAsyncio.loop
+        return lambda *args, **kwargs: loop.run(getattr(self._methods, f"a{name}")(*args, **kwargs))
+
+
 @dataclass
 class Shop:
-    """An app, its tasks, and the records of their runs."""
+    """An app, its tasks, and the records of their runs. Its callers are threads, or run in an event loop."""
 
     app: Celery
     records: redis.Redis
+    driver: str = os.environ.get("MEMOLOCK_DRIVER", "threads")
     tasks: dict[str, Any] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
-        return self.tasks[name]
+        task = self.tasks[name]
+        return FromAsyncio(task) if self.driver == "asyncio" else task
 
     def ran(self, key: str) -> int:
         """How often the tasks ran for a key."""
@@ -216,7 +252,7 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
     tasks = [stock, plain, slow, gated, failing, unencodable, bound, flaky, retrying, outer, circle, with_base, add]
     tasks += [ping, pong, ending, early, soft, hard, expiring, sourced, crowded, missing]
     named = {task.name.removeprefix("shop."): task for task in [*tasks, by_class]}
-    return Shop(app, records, named)
+    return Shop(app, records, tasks=named)
 
 
 if "SHOP_BROKER" in os.environ:

@@ -48,6 +48,7 @@ def crowd(any_shop: tuple[Shop, str, str]) -> Iterator[Crowd]:
         "SHOP_BROKER": broker,
         "SHOP_STORE": store,
         "SHOP_PREFIX": made.app.conf.memolock_prefix,
+        "MEMOLOCK_DRIVER": made.driver,
     }
     command = [sys.executable, "-m", "tests.workers.crowd", str(THREADS)]
     with ExitStack() as stack:

@@ -44,8 +44,8 @@ def test_other_ways_to_define(any_shop: AnyShop, key: str, name: str) -> None:
     """`base=MemoLockTask` and a class of one's own work as the decorator does."""
     made, *_ = any_shop
     expected = key.upper() if name == "by_class" else key
-    assert made.tasks[name].get_cached(key) == expected
-    assert made.tasks[name].get_cached(key) == expected
+    assert getattr(made, name).get_cached(key) == expected
+    assert getattr(made, name).get_cached(key) == expected
     assert made.ran(key) == 1
 
 
@@ -60,7 +60,7 @@ def test_ignored_argument(any_shop: AnyShop, key: str) -> None:
 def test_one_flight_through_all_retries(any_shop: AnyShop, key: str, name: str, failures: int, expected: int) -> None:
     """Waiters wait through autoretry and `self.retry`, and get the last attempt's value."""
     made, *_ = any_shop
-    assert made.tasks[name].get_cached(key, failures) == expected
+    assert getattr(made, name).get_cached(key, failures) == expected
     assert made.ran(key) == failures + 1
 
 

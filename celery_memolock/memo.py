@@ -1,0 +1,234 @@
+"""One memolocked task as its callers see it: the methods that they use, for threads and for asyncio alike."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from typing_extensions import ParamSpec
+
+from . import protocol
+from .aio import AsyncDriver, adrive
+from .errors import ConfigurationError, MemoLockError, StoreUnavailable
+from .protocol import MISS, Call, Core, Missing, Uncached, drive
+from .sync import Driver
+
+if TYPE_CHECKING:
+    from .codec import Codec
+    from .engine import Engine
+    from .keys import KeyMaker
+    from .options import Options
+
+__all__ = ["CallerMethods", "Memo", "computing"]
+
+logger = logging.getLogger("celery_memolock")
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+#: The entries that are being computed in this context, outermost first.
+computing: ContextVar[tuple[str, ...]] = ContextVar("celery_memolock_computing", default=())
+
+
+class Memo(Generic[P, R]):
+    """One memolocked task: makes the cores of its calls, and the drivers that perform them."""
+
+    def __init__(
+        self,
+        task: str,
+        engine: Engine,
+        options: Options,
+        maker: KeyMaker,
+        codec: Codec,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.task = task
+        self.options = options
+        self._engine = engine
+        self._maker = maker
+        self.codec = codec
+        self._overrides = dict(overrides or {})
+        self._complained = False
+
+    def override(self, overrides: Mapping[str, Any]) -> Memo[P, R]:
+        """Return the same task with other options for the calls made through it."""
+        merged = {**self._overrides, **overrides}
+        return Memo(self.task, self._engine, self.options.override(overrides), self._maker, self.codec, merged)
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Describe one call to the core."""
+        engine = self._engine
+        return Call(
+            self.task,
+            self._maker.keys(args, kwargs),
+            self.options,
+            self.codec,
+            inline=lambda: engine.eager or (self.options.nested == "inline" and engine.in_worker),
+            chain=computing.get(),
+            overrides=self._overrides,
+        )
+
+    def run(self, core: Core[T], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T:
+        """Drive a core of this task in the calling thread."""
+        return drive(core, Driver(self._engine, args, kwargs, unreadable=self._complain))
+
+    async def arun(self, core: Core[T], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T:
+        """Drive a core of this task in the running event loop."""
+        driver = AsyncDriver(self._engine, args, kwargs, unreadable=self._complain)
+        try:
+            return await adrive(core, driver)
+        finally:
+            if driver.cancelled is not None:
+                raise driver.cancelled
+
+    # ---- what the methods of `CallerMethods` do
+
+    def fetch(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Core[R]:
+        """Get the value, by any way that the options allow."""
+        call = self.call(args, kwargs)
+        try:
+            value: R = yield from protocol.fetch(call, self._engine.store.inbox.rooms, time.monotonic)
+            return value
+        except (StoreUnavailable, ConfigurationError) as error:
+            compute = isinstance(error, StoreUnavailable) and self.options.on_redis_error == "compute"
+            if not compute and not self._engine.eager:
+                raise
+        computed: R = yield Uncached()
+        return computed
+
+    def peek(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Core[R | Missing]:
+        """Look."""
+        return self._eagerly(protocol.peek(self.call(args, kwargs)), MISS)
+
+    def refresh(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Core[bool]:
+        """Have it computed anew."""
+        return self._eagerly(protocol.refresh(self.call(args, kwargs)), False)
+
+    def invalidate(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Core[bool]:
+        """Drop it."""
+        return self._eagerly(protocol.invalidate(self.call(args, kwargs)), False)
+
+    def put(self, value: R, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Core[None]:
+        """Set it."""
+        return self._eagerly(protocol.put(self.call(args, kwargs), value), None)
+
+    def _eagerly(self, core: Core[T], without_server: T) -> Core[T]:
+        """In eager mode a server is optional."""
+        try:
+            return (yield from core)
+        except (StoreUnavailable, ConfigurationError):
+            if not self._engine.eager:
+                raise
+        return without_server
+
+    def _complain(self, error: MemoLockError) -> None:
+        if not self._complained:
+            self._complained = True
+            logger.warning("memolock counts an unreadable entry as a miss (said once): %s", error)
+
+
+class CallerMethods(Generic[P, R]):
+    """The methods that callers use, for a task and for `with_options` alike."""
+
+    @property
+    @abstractmethod
+    def memo(self) -> Memo[P, R]:
+        """What the methods work on."""
+
+    def get_cached(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Return the cached value, or wait for the one flight that computes it, for everybody.
+
+        Args:
+            args, kwargs: as the task takes them.
+
+        Raises:
+            TypeError: the arguments do not fit the task; nothing was dispatched.
+            ArgumentError: an argument cannot become part of a key or of a message.
+            WaitTimeout: no outcome within `wait_timeout`.
+            StoreUnavailable: Redis cannot be reached.
+            DispatchError: the broker did not take the message.
+            ReentrantFlight: called by the very task that computes this key.
+            Exception: what the task raised, of its own type where that is safe, else `TaskFailed`; the
+                worker's traceback is its cause.
+        """
+        memo = self.memo
+        return memo.run(memo.fetch(args, kwargs), args, kwargs)
+
+    async def aget_cached(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Do what `get_cached` does, from asyncio, without blocking the loop. To cancel it concerns no other caller."""
+        memo = self.memo
+        return await memo.arun(memo.fetch(args, kwargs), args, kwargs)
+
+    def peek(self, *args: P.args, **kwargs: P.kwargs) -> R | Missing:
+        """Return the value if it is stored, else `MISS`, without computing or waiting."""
+        memo = self.memo
+        return memo.run(memo.peek(args, kwargs), args, kwargs)
+
+    async def apeek(self, *args: P.args, **kwargs: P.kwargs) -> R | Missing:
+        """Do what `peek` does, from asyncio."""
+        memo = self.memo
+        return await memo.arun(memo.peek(args, kwargs), args, kwargs)
+
+    def refresh(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Have the value computed anew, without waiting. The old one is served until then.
+
+        Returns:
+            True if this call started a flight, False if it joined one that waits for a worker or, as one that
+            runs already may have read older data, asked for another after it.
+        """
+        memo = self.memo
+        return memo.run(memo.refresh(args, kwargs), args, kwargs)
+
+    async def arefresh(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Do what `refresh` does, from asyncio."""
+        memo = self.memo
+        return await memo.arun(memo.refresh(args, kwargs), args, kwargs)
+
+    def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Drop the value: no later call sees it, nor one that is being computed from older data right now.
+
+        Returns:
+            Whether a value was stored.
+        """
+        memo = self.memo
+        return memo.run(memo.invalidate(args, kwargs), args, kwargs)
+
+    async def ainvalidate(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Do what `invalidate` does, from asyncio."""
+        memo = self.memo
+        return await memo.arun(memo.invalidate(args, kwargs), args, kwargs)
+
+    def set_cached(self, value: R, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Store a value for these arguments. Whoever waits gets it; the outcome of a running flight is refused.
+
+        Raises:
+            EncodeError, ValueTooLarge: the value cannot be stored.
+        """
+        memo = self.memo
+        memo.run(memo.put(value, args, kwargs), args, kwargs)
+
+    async def aset_cached(self, value: R, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Do what `set_cached` does, from asyncio."""
+        memo = self.memo
+        await memo.arun(memo.put(value, args, kwargs), args, kwargs)
+
+    def with_options(self, **overrides: Any) -> CallerMethods[P, R]:
+        """Return the task's caller methods with other options, for the calls made through it.
+
+        Raises:
+            OptionError: an option is unknown, or belongs to the task as a whole.
+        """
+        return _Overridden(self.memo.override(overrides))
+
+
+class _Overridden(CallerMethods[P, R]):
+    def __init__(self, memo: Memo[P, R]) -> None:
+        self._memo = memo
+
+    @property
+    def memo(self) -> Memo[P, R]:
+        return self._memo
