@@ -21,6 +21,7 @@ model: $(STAMP)  ## the protocol under the model checker Spin (needs spin and gc
 
 chaos: $(STAMP)  ## faults injected into real processes, mutants caught, and a storm of a minute
 	$(BIN)/python -m pytest -m "chaos or slow" $(ARGS)
+	MEMOLOCK_DRIVER=asyncio $(BIN)/python -m pytest tests/chaos -m chaos --ignore tests/chaos/test_storm.py $(ARGS)
 	$(BIN)/python -m benchmarks.chaos --seconds 60
 
 bench: $(STAMP)  ## all measurements, into benchmarks/results

@@ -7,10 +7,12 @@ import inspect
 from collections import deque
 from typing import Any, Final
 
+import hiredis
 import redis
 from redis.asyncio import connection as asynchronous
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError
 
 from .connections import Packed
 
@@ -26,8 +28,7 @@ _TWINS: Final[dict[type, type]] = {
 #: Of two connections with different classes these settings mean different things, or nothing.
 _OWN: Final = frozenset(["retry", "retry_on_error", "retry_on_timeout", "parser_class", "event_dispatcher"])
 
-#: Bytes that may wait to be sent before whoever adds to them has to wait as well.
-_MUCH: Final = 1 << 20
+_NOT_YET: Final = object()
 
 
 class Pipe:
@@ -115,27 +116,32 @@ def _retrieve(task: asyncio.Task[Any]) -> None:
 class _Asked:
     """Commands on their way: what is still to come, and who waits for it."""
 
-    __slots__ = ("answers", "future", "left", "since")
+    __slots__ = ("answers", "future", "replies", "since")
 
     def __init__(self, replies: int, future: asyncio.Future[list[Any]], since: float) -> None:
         self.answers: list[Any] = []
-        self.left = replies
+        self.replies = replies
         self.future = future
         self.since = since
 
 
-class _Link:
-    """An open connection, and the task that reads from it."""
+class _Link(asyncio.Protocol):
+    """An open connection. It parses what arrives at once, in the loop's callback: no task stands between."""
 
     def __init__(self, connection: Any, timeout: float) -> None:
         self.alive = True
         self._connection = connection
         self._timeout = timeout
-        self._writer: asyncio.StreamWriter = connection._writer
         self._asked: deque[_Asked] = deque()
+        self._replies = hiredis.Reader(notEnoughData=_NOT_YET)
         self._loop = asyncio.get_running_loop()
-        connection.socket_timeout = None  # to hear nothing for a while is no fault
-        self._reader = self._loop.create_task(self._read())
+        self._writable = asyncio.Event()
+        self._writable.set()
+        # The client library has connected, logged in and chosen the database; from here on the socket is ours.
+        self._transport: asyncio.WriteTransport = connection._writer.transport
+        self._transport.set_protocol(self)
+        # Nothing else would close the connection when `asyncio.run` ends.
+        self._keeper = self._loop.create_task(self._keep())
 
     async def ask(self, packed: Packed, replies: int, patience: float) -> list[Any]:
         if not self.alive:
@@ -143,28 +149,56 @@ class _Link:
         now = self._loop.time()
         asked = _Asked(replies, self._loop.create_future(), now)
         self._asked.append(asked)
-        self._writer.writelines(packed)
+        self._transport.write(packed[0] if len(packed) == 1 else b"".join(packed))
         timer = self._loop.call_at(now + patience, self._too_late, asked)
         try:
-            if self._writer.transport.get_write_buffer_size() > _MUCH:
-                await self._writer.drain()
+            if not self._writable.is_set():
+                await self._writable.wait()
             return await asked.future
-        except OSError as error:
-            raise redis.ConnectionError(f"the connection was lost: {error}") from error
         finally:
             timer.cancel()
 
     def fail(self, error: Exception) -> None:
         """Give up the connection; whoever waits for a reply gets the error."""
         self.alive = False
-        self._reader.cancel()
-        self._writer.close()
+        self._keeper.cancel()
+        self._writable.set()
+        self._transport.close()
         self._connection._writer = self._connection._reader = None  # or it would complain that it was not closed
         while self._asked:
             future = self._asked.popleft().future
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # nobody may be left to ask for it
+
+    # ---- what the loop calls
+
+    def data_received(self, data: bytes) -> None:
+        self._replies.feed(data)
+        try:
+            while (answer := self._replies.gets()) is not _NOT_YET:
+                self._take(answer)
+        except hiredis.ProtocolError as error:
+            self.fail(redis.ConnectionError(f"the server's answer makes no sense: {error}"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.fail(redis.ConnectionError(f"the connection was lost: {exc or 'closed by the server'}"))
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def _take(self, answer: Any) -> None:
+        if not self._asked or isinstance(answer, hiredis.PushNotification):
+            return
+        asked = self._asked[0]
+        asked.answers.append(_refusal(answer) if isinstance(answer, hiredis.ReplyError) else answer)
+        if len(asked.answers) == asked.replies:
+            self._asked.popleft()
+            if not asked.future.done():
+                asked.future.set_result(asked.answers)
 
     def _too_late(self, asked: _Asked) -> None:
         if not asked.future.done():
@@ -173,24 +207,14 @@ class _Link:
         if self._asked and self._loop.time() - self._asked[0].since >= self._timeout * 0.99:
             self.fail(redis.TimeoutError("no reply in time"))
 
-    async def _read(self) -> None:
-        error: Exception = redis.ConnectionError("the connection was closed")
+    async def _keep(self) -> None:
         try:
-            while True:
-                try:
-                    answer = await self._connection.read_response(disconnect_on_error=False)
-                except redis.ResponseError as refused:
-                    answer = refused
-                if not self._asked:
-                    continue  # a push message that the parser let through
-                asked = self._asked[0]
-                asked.answers.append(answer)
-                asked.left -= 1
-                if not asked.left:
-                    self._asked.popleft()
-                    if not asked.future.done():
-                        asked.future.set_result(asked.answers)
-        except (redis.RedisError, OSError) as lost:
-            error = redis.ConnectionError(str(lost))
+            await self._loop.create_future()
         finally:
-            self.fail(error)
+            self.fail(redis.ConnectionError("the connection was closed"))
+
+
+def _refusal(answer: Exception) -> redis.ResponseError:
+    """Return the client library's exception for a server's error."""
+    text = str(answer)
+    return NoScriptError(text) if text.startswith("NOSCRIPT") else redis.ResponseError(text)

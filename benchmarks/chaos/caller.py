@@ -1,12 +1,16 @@
-"""One web process of the storm: threads that ask, and one that changes the source and invalidates."""
+"""One web process of the storm: threads that ask, themselves or in an event loop, and one that changes the source."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 from benchmarks.chaos.tasks import WAIT, SourceDown, app, value, witness
 from celery_memolock import MemoLockError, WaitTimeout
@@ -14,17 +18,37 @@ from celery_memolock.engines.celery import store_of
 
 KEYS = 5
 THREADS = 10
+Call = Callable[..., Any]
 PATIENCE = 10.0  # seconds beyond wait_timeout after which a call counts as hung
 
 
-def ask(rng: random.Random, until: float) -> None:
+def from_threads(name: str, *arguments: Any) -> Any:
+    """Call a caller method in this thread."""
+    return getattr(value.with_options(wait_timeout=WAIT), name)(*arguments)
+
+
+def from_asyncio(name: str, *arguments: Any) -> Any:
+    """Call its twin in the process's event loop."""
+    method = getattr(value.with_options(wait_timeout=WAIT), f"a{name}")
+    return asyncio.run_coroutine_threadsafe(method(*arguments), the_loop()).result()
+
+
+@cache
+def the_loop() -> asyncio.AbstractEventLoop:
+    """Return a running loop."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
+def ask(call: Call, rng: random.Random, until: float) -> None:
     """Ask for values, and hold each against what was acknowledged before the call."""
     while time.monotonic() < until:
         key = f"k{rng.randrange(KEYS)}"
         acknowledged = int(witness.get(f"acknowledged:{key}") or 0)  # type: ignore[arg-type]
         began = time.monotonic()
         try:
-            answer = value.with_options(wait_timeout=WAIT).get_cached(key)
+            answer = call("get_cached", key)
         except SourceDown:
             outcome = "source errors"
         except WaitTimeout as error:
@@ -46,7 +70,7 @@ def ask(rng: random.Random, until: float) -> None:
         time.sleep(rng.random() * 0.05)
 
 
-def change(rng: random.Random, until: float) -> None:
+def change(call: Call, rng: random.Random, until: float) -> None:
     """Change the source and invalidate, now and then in a burst; sometimes set the value, sometimes refresh."""
     while time.monotonic() < until:
         key = f"k{rng.randrange(KEYS)}"
@@ -56,12 +80,12 @@ def change(rng: random.Random, until: float) -> None:
                 for _ in range(10 if rng.random() < 0.1 else 1):
                     version = witness.incr(f"source:{key}")
                     if rng.random() < 0.2:
-                        value.set_cached([key, version, "set"], key)
+                        call("set_cached", [key, version, "set"], key)
                     else:
-                        value.invalidate(key)
+                        call("invalidate", key)
                     witness.set(f"acknowledged:{key}", version)
             if rng.random() < 0.2:
-                value.refresh(key)
+                call("refresh", key)
         except MemoLockError as error:
             witness.hincrby("counts", f"change: {type(error).__name__}", 1)
         time.sleep(rng.random())
@@ -75,9 +99,14 @@ def violation(kind: str, what: object) -> None:
 
 def main() -> None:
     seconds, seed = float(sys.argv[1]), int(sys.argv[2])
+    call = from_asyncio if sys.argv[3] == "asyncio" else from_threads
+    if call is from_asyncio:
+        the_loop()
     until = time.monotonic() + seconds
-    crowd = [threading.Thread(target=ask, args=(random.Random(seed + n), until), daemon=True) for n in range(THREADS)]
-    crowd.append(threading.Thread(target=change, args=(random.Random(seed - 1), until), daemon=True))
+    crowd = [
+        threading.Thread(target=ask, args=(call, random.Random(seed + n), until), daemon=True) for n in range(THREADS)
+    ]
+    crowd.append(threading.Thread(target=change, args=(call, random.Random(seed - 1), until), daemon=True))
     for thread in crowd:
         thread.start()
     for thread in crowd:

@@ -83,7 +83,9 @@ class Storm:
     def _start_caller(self) -> subprocess.Popen[bytes]:
         self.seed += 1
         seconds = max(0.0, self.end - time.monotonic())
-        return subprocess.Popen([sys.executable, "-m", "benchmarks.chaos.caller", str(seconds), str(self.seed)])
+        driver = ("threads", "asyncio")[self.seed % 2]
+        command = ["-m", "benchmarks.chaos.caller", str(seconds), str(self.seed), driver]
+        return subprocess.Popen([sys.executable, *command])
 
     def _stop(self) -> None:
         for process in self.workers:
