@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from functools import partial
 from typing import Any, TypeVar
 
 from . import protocol
@@ -205,7 +204,8 @@ if hasattr(os, "register_at_fork"):
 
 async def _in_thread(call: Callable[..., T], *args: Any) -> T:
     """Call in another thread, in this context. If the caller is cancelled the call goes on, and its result is lost."""
-    work = asyncio.get_running_loop().run_in_executor(_threads, partial(copy_context().run, call, *args))
+    context = copy_context()
+    work = asyncio.get_running_loop().run_in_executor(_threads, lambda: context.run(call, *args))
     work.add_done_callback(_retrieve)
     return await asyncio.shield(work)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 import hiredis
@@ -36,9 +37,11 @@ class Pipe:
 
     Args:
         pool: the thread client's, for the class and the settings of its connections.
+        pack: makes the bytes of a command.
     """
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, pack: Callable[..., Packed]) -> None:
+        self._pack = pack
         kind = next(twin for sync, twin in _TWINS.items() if issubclass(pool.connection_class, sync))
         known: set[str] = set()
         for base in kind.__mro__:
@@ -51,6 +54,8 @@ class Pipe:
         self._timeout: float = settings.pop("socket_timeout")
         self._settings = {**settings, "retry": Retry(NoBackoff(), 0), "socket_timeout": self._timeout}
         self._kind = kind
+        self._under_way: set[str] = set()
+        self._due: dict[str, list[asyncio.Future[Any]]] = {}
         self._link: _Link | None = None
         self._connecting: asyncio.Task[_Link] | None = None
 
@@ -69,6 +74,58 @@ class Pipe:
                 pass  # it was closed, or the reply lost: a command may be run twice, so once more
         link = await self._connect(patience)
         return await link.ask(packed, replies, patience)
+
+    async def get(self, key: str, patience: float) -> Any:
+        """GET a key; of each one at most one GET is under way and one is due, however many ask.
+
+        Whoever comes while one is under way waits for the next: the answer to a command that was sent before a call
+        began could be older than an invalidation that its caller knows of.
+
+        Raises:
+            redis.TimeoutError, redis.ConnectionError, OSError, redis.ResponseError: as `ask` does, or finds.
+        """
+        if key in self._under_way:
+            return await self._share(key, patience)
+        self._under_way.add(key)
+        try:
+            (answer,) = await self.ask(self._pack("GET", key), 1, patience)
+            return answer
+        finally:
+            self._next(key)
+
+    async def _share(self, key: str, patience: float) -> Any:
+        loop = asyncio.get_running_loop()
+        shared: asyncio.Future[Any] = loop.create_future()
+        self._due.setdefault(key, []).append(shared)
+        timer = loop.call_later(patience, _late, shared)
+        try:
+            return await shared
+        finally:
+            timer.cancel()
+
+    def _next(self, key: str) -> None:
+        due = self._due.pop(key, None)
+        if due is None:
+            self._under_way.discard(key)
+        else:
+            asyncio.get_running_loop().create_task(self._get_for(key, due))
+
+    async def _get_for(self, key: str, callers: list[asyncio.Future[Any]]) -> None:
+        error: Exception | None = None
+        answer: Any = None
+        try:
+            (answer,) = await self.ask(self._pack("GET", key), 1)
+        except (redis.RedisError, OSError) as failed:
+            error = failed
+        finally:
+            self._next(key)
+        for caller in callers:
+            if caller.done():
+                continue
+            if error is None:
+                caller.set_result(answer)
+            else:
+                caller.set_exception(type(error)(*error.args))  # one for each: they would share its traceback
 
     def close(self) -> None:
         """Close the connection. Call it in the loop's own thread."""
@@ -105,6 +162,11 @@ class Pipe:
             raise
         self._link = _Link(connection, self._timeout)
         return self._link
+
+
+def _late(future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        future.set_exception(redis.TimeoutError("no reply in time"))
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:
@@ -201,8 +263,7 @@ class _Link(asyncio.Protocol):
                 asked.future.set_result(asked.answers)
 
     def _too_late(self, asked: _Asked) -> None:
-        if not asked.future.done():
-            asked.future.set_exception(redis.TimeoutError("no reply in time"))
+        _late(asked.future)
         # Replies come in order, so the first to wait tells how long the server has been silent.
         if self._asked and self._loop.time() - self._asked[0].since >= self._timeout * 0.99:
             self.fail(redis.TimeoutError("no reply in time"))

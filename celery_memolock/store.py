@@ -86,11 +86,10 @@ class Store:
         with self._troubles:
             return _checked(links.ask(links.pack("GET", keys.entry), 1, patience))  # type: ignore[no-any-return]
 
-    async def aget(self, keys: Keys, patience: float | None = None) -> bytes | None:
+    async def aget(self, keys: Keys, patience: float) -> bytes | None:
         """Do what `get` does, from asyncio."""
         with self._troubles:
-            packed = self._connections.pack("GET", keys.entry)
-            return _checked(await self._pipe().ask(packed, 1, patience))  # type: ignore[no-any-return]
+            return _checked([await self._pipe().get(keys.entry, patience)])  # type: ignore[no-any-return]
 
     def run(self, effect: Script) -> Any:
         """Run an effect's script and return its reply.
@@ -142,7 +141,7 @@ class Store:
         loop = asyncio.get_running_loop()
         pipe = self._pipes.get(loop)
         if pipe is None:
-            pipe = self._pipes[loop] = Pipe(self._client.connection_pool)
+            pipe = self._pipes[loop] = Pipe(self._client.connection_pool, self._connections.pack)
         return pipe
 
     def listen(self, timeout: float) -> None:

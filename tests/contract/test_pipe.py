@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import redis
 
-from celery_memolock.connections import Packed
 from celery_memolock.pipe import Pipe
 from celery_memolock.server import Server
 from celery_memolock.testing import Link
@@ -24,15 +23,12 @@ def link(server: Server) -> Iterator[Link]:
         yield found
 
 
+packed: Any = redis.Connection().pack_command
+
+
 def pipe_to(url: str, **settings: Any) -> Pipe:
-    return Pipe(
-        redis.ConnectionPool.from_url(url, **{"socket_timeout": 5.0, "socket_connect_timeout": 2.0, **settings})
-    )
-
-
-def packed(*command: Any) -> Packed:
-    found: Packed = redis.Connection().pack_command(*command)
-    return found
+    pool = redis.ConnectionPool.from_url(url, **{"socket_timeout": 5.0, "socket_connect_timeout": 2.0, **settings})
+    return Pipe(pool, packed)
 
 
 async def ask(pipe: Pipe, *command: Any, patience: float | None = None) -> Any:
@@ -66,6 +62,44 @@ def test_refusals_and_several_replies(server: Server, prefix: str) -> None:
         first, second, third = await pipe.ask(commands, 3)
         assert (first, third) == (b"OK", b"text")
         assert isinstance(second, redis.ResponseError)
+
+    asyncio.run(main())
+
+
+def test_one_get_under_way_and_one_due(link: Link, prefix: str) -> None:
+    """Whoever asks while a GET is under way shares the next one, and never sees what was there before its call."""
+
+    async def main() -> None:
+        pipe = pipe_to(link.url)
+        await ask(pipe, "SETEX", prefix, 60, "old")
+        stats = await ask(pipe, "INFO", "commandstats")
+        before = int(stats.partition(b"cmdstat_get:calls=")[2].partition(b",")[0] or 0)
+        with link.slow(0.05):
+            first = asyncio.create_task(pipe.get(prefix, 5))
+            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)  # its answer is on the way back, or here
+            second = asyncio.create_task(pipe.get(prefix, 5))
+            await asyncio.sleep(0.01)
+            with redis.Redis.from_url(link.url) as other:
+                await asyncio.to_thread(other.set, prefix, "new", 60)
+            late = [asyncio.create_task(pipe.get(prefix, 5)) for _ in range(100)]
+            late[0].cancel()
+            hurried = asyncio.create_task(pipe.get(prefix, 0.001))
+            assert await first == b"old"
+            assert await second in (b"old", b"new")
+            assert await asyncio.gather(*late[1:]) == [b"new"] * 99
+            with pytest.raises(redis.TimeoutError):
+                await hurried
+        stats = await ask(pipe, "INFO", "commandstats")
+        assert int(stats.partition(b"cmdstat_get:calls=")[2].partition(b",")[0]) - before <= 4
+        link.drop()
+        assert await pipe.get(prefix, 5) == b"new"
+        with link.cut():
+            asked = [asyncio.create_task(pipe.get(prefix, 5)) for _ in range(3)]
+            errors = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(error, redis.ConnectionError) for error in errors)
+        assert len({id(error) for error in errors}) == 3
+        assert await pipe.get(prefix, 5) == b"new"
 
     asyncio.run(main())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import threading
 import time
@@ -88,7 +89,7 @@ def test_cancelled_at_any_moment(made: Shop, key: str) -> None:
 
         await asyncio.gather(*(hurried(number) for number in range(100)), stock.aget_cached(key))
 
-    for round_ in range(10):
+    for round_ in range(int(os.environ.get("MEMOLOCK_REPEAT", "10"))):
         asyncio.run(main(f"{key}-{round_}"))
         assert made.ran(f"{key}-{round_}") == 1
         assert len(store_of(made.app).inbox.rooms) == 0
