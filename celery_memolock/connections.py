@@ -62,12 +62,8 @@ class Connections:
             Busy: no connection was free in time.
             redis.TimeoutError, redis.ConnectionError, OSError: the server did not answer.
         """
-        link = None
+        link = self._take(patience)
         try:
-            try:
-                link = self._idle.pop()
-            except IndexError:
-                link = self._wait_for_one(patience)
             try:
                 if link is None:
                     link = self._connect(patience)
@@ -75,8 +71,6 @@ class Connections:
             except redis.ConnectionError:
                 link = self._connect(patience)
                 answers = self._exchange(link, packed, replies, patience)
-        except Busy:
-            raise
         except BaseException:
             if link is not None:
                 link.disconnect()
@@ -96,8 +90,12 @@ class Connections:
             self._idle.pop().disconnect()
             self._made -= 1
 
-    def _wait_for_one(self, patience: float | None) -> Any:
+    def _take(self, patience: float | None) -> Any:
         """Return a free connection, or None as the permission to make one."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            pass
         deadline = time.monotonic() + (self._timeout if patience is None else min(patience, self._timeout))
         with self._returned:
             self._hungry += 1
