@@ -5,6 +5,7 @@ Beside it, in the same rounds, the limit: a bare PUBLISH heard by as many proces
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import subprocess
@@ -37,36 +38,56 @@ def slow(key: str) -> float:
     return time.monotonic()
 
 
-def caller(url: str, threads: int, pipe: Connection) -> None:
-    """Be one web process: for each key that comes down the pipe, ask with all threads at once."""
+def in_threads(key: str, callers: int) -> list[float]:
+    """Ask with threads → for each, how long after the task's end it had the value."""
+    late: list[float] = []
+
+    def ask() -> None:
+        over = slow.get_cached(key)
+        late.append(time.monotonic() - over)
+
+    crowd = [threading.Thread(target=ask) for _ in range(callers)]
+    for thread in crowd:
+        thread.start()
+    for thread in crowd:
+        thread.join()
+    return late
+
+
+def in_tasks(runner: asyncio.AbstractEventLoop, key: str, callers: int) -> list[float]:
+    """Ask with coroutines of one loop."""
+
+    async def ask() -> float:
+        over = await slow.aget_cached(key)
+        return time.monotonic() - over
+
+    async def main() -> list[float]:
+        return await asyncio.gather(*(ask() for _ in range(callers)))
+
+    return runner.run_until_complete(main())
+
+
+def caller(url: str, driver: str, callers: int, pipe: Connection) -> None:
+    """Be one web process: for each key that comes down the pipe, ask with all callers at once."""
     app.conf.update(broker_url=url, memolock_redis_url=url)
     bare = redis.Redis.from_url(url, socket_timeout=60).pubsub()
     bare.subscribe(BARE_CHANNEL)
     bare.get_message(timeout=10)
+    loop = asyncio.new_event_loop()
     pipe.send("ready")
     for key in iter(pipe.recv, None):
-        late: list[float] = []
-
-        def ask(key: str = key, late: list[float] = late) -> None:
-            over = slow.get_cached(key)
-            late.append(time.monotonic() - over)
-
-        crowd = [threading.Thread(target=ask) for _ in range(threads)]
-        for thread in crowd:
-            thread.start()
-        for thread in crowd:
-            thread.join()
+        late = in_threads(key, callers) if driver == "threads" else in_tasks(loop, key, callers)
         pipe.send(late)
         message = bare.get_message(timeout=30)
         assert message is not None
         pipe.send(time.monotonic() - float(message["data"]))
 
 
-def herd(url: str, processes: int, threads: int, rounds: int) -> dict[str, object]:
+def herd(url: str, driver: str, processes: int, callers: int, rounds: int) -> dict[str, object]:
     """Measure one size of herd."""
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(processes)]
-    crowd = [context.Process(target=caller, args=(url, threads, there)) for _, there in pipes]
+    crowd = [context.Process(target=caller, args=(url, driver, callers, there)) for _, there in pipes]
     for process in crowd:
         process.start()
     for here, _ in pipes:
@@ -74,7 +95,7 @@ def herd(url: str, processes: int, threads: int, rounds: int) -> dict[str, objec
     client = redis.Redis.from_url(url)
     runs, typical, slowest, hops, ratios = [], [], [], [], []
     for number in range(rounds + 1):
-        key = f"{processes}x{threads}:{number}"
+        key = f"{driver}:{processes}x{callers}:{number}"
         for here, _ in pipes:
             here.send(key)
         late = sorted(value for here, _ in pipes for value in here.recv())
@@ -93,8 +114,9 @@ def herd(url: str, processes: int, threads: int, rounds: int) -> dict[str, objec
     for process in crowd:
         process.join()
     return {
+        "driver": driver,
         "processes": processes,
-        "callers": processes * threads,
+        "callers": processes * callers,
         "runs": spread(runs),
         "stored to caller p50 ms": spread(typical),
         "stored to caller p99 ms": spread(slowest),
@@ -116,7 +138,13 @@ def main() -> None:
         try:
             while not app.control.ping(timeout=0.5):
                 assert worker.poll() is None, Path(log.name).read_text()
-            sizes = [(1, 1), (1, 100), (4, 25), (4, 100), (10, 100)]
+            sizes = [
+                *(("threads", *size) for size in [(1, 1), (1, 100), (4, 25), (4, 100), (10, 100)]),
+                *(
+                    ("asyncio", *size)
+                    for size in [(1, 1), (1, 100), (1, 1000), (1, 10_000), (4, 100), (10, 100), (10, 1000)]
+                ),
+            ]
             record("herd", url, [herd(url, *size, args.rounds) for size in sizes], args)
         finally:
             worker.terminate()
