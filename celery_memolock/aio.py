@@ -48,24 +48,20 @@ class AsyncDriver:
     """Performs effects in the running loop. What blocks, such as a broker, is left to a thread.
 
     Args:
-        engine, args, kwargs, unreadable: as for `sync.Driver`.
+        engine, unreadable: as for `sync.Driver`.
 
     Attributes:
         cancelled: a cancellation that had to wait for the end of an effect.
     """
 
-    __slots__ = ("_args", "_engine", "_kwargs", "_unreadable", "cancelled")
+    __slots__ = ("_engine", "_unreadable", "cancelled")
 
     def __init__(
         self,
         engine: Engine,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
         unreadable: Callable[[MemoLockError], None],
     ) -> None:
         self._engine = engine
-        self._args = args
-        self._kwargs = kwargs
         self._unreadable = unreadable
         self.cancelled: asyncio.CancelledError | None = None
 
@@ -87,21 +83,33 @@ class AsyncDriver:
                 if not store.inbox.listening:
                     await _in_thread(store.listen, timeout)
                 return None
-            case protocol.Dispatch(ticket, inline, timeout):
+            case protocol.Dispatch(ticket, (args, kwargs), inline, timeout):
                 if inline:
-                    await _in_thread(self._engine.run_here, ticket, self._args, self._kwargs)
+                    await _in_thread(self._engine.run_here, ticket, args, kwargs)
                 else:
-                    await self._send(ticket, timeout)
+                    await self._send(ticket, args, kwargs, timeout)
                 return None
-            case protocol.Uncached():
-                return await _in_thread(self._engine.run_here, None, self._args, self._kwargs)
+            case protocol.Uncached((args, kwargs)):
+                return await _in_thread(self._engine.run_here, None, args, kwargs)
+            case protocol.GetAll(keys, patience):
+                return await self._engine.store.aget_all(keys, patience)
+            case protocol.RunAll(scripts):
+                return await self._engine.store.arun_all(scripts)
+            case protocol.TakeSeats(count):
+                return [_LoopSeat(_bell()) for _ in range(count)]
+            case protocol.WaitForAny(seats, timeout):
+                if self.cancelled is not None:
+                    raise self.cancelled
+                return await _wait_for_any(seats, timeout)
             case protocol.Unreadable(error):
                 return self._unreadable(error)
         raise TypeError(f"no effect: {effect!r}")
 
-    async def _send(self, ticket: protocol.Ticket, timeout: float) -> None:
+    async def _send(
+        self, ticket: protocol.Ticket, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: float
+    ) -> None:
         """Send a flight's message, to the end: others wait for the flight, which is confirmed or failed after that."""
-        sending = asyncio.ensure_future(_in_thread(self._engine.send, ticket, self._args, self._kwargs, timeout))
+        sending = asyncio.ensure_future(_in_thread(self._engine.send, ticket, args, kwargs, timeout))
         while not sending.done():
             try:
                 await asyncio.wait([sending])
@@ -173,18 +181,24 @@ def _give_up(future: asyncio.Future[None]) -> None:
 
 
 async def _wait(seat: Seat, timeout: float) -> Turn | Settled | Broken | None:
-    assert isinstance(seat, _LoopSeat)
-    # Turns are given by any thread, but the bell wakes us in this one: no turn can slip in between.
-    if seat.turn is None and timeout > 0:
-        loop = asyncio.get_running_loop()
-        seat.future = loop.create_future()
-        timer = loop.call_later(timeout, _give_up, seat.future)
-        try:
-            await seat.future
-        finally:
-            timer.cancel()
-            seat.future = None
+    await _wait_for_any((seat,), timeout)
     return seat.turn
+
+
+async def _wait_for_any(seats: tuple[Seat, ...], timeout: float) -> None:
+    # Turns are given by any thread, but the bell wakes us in this one: no turn can slip in between.
+    if timeout <= 0 or any(seat.turn is not None for seat in seats):
+        return
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    for seat in seats:
+        assert isinstance(seat, _LoopSeat)
+        seat.future = future
+    timer = loop.call_later(timeout, _give_up, future)
+    try:
+        await future
+    finally:
+        timer.cancel()
 
 
 # ---- what would block the loop ---------------------------------------------------------------------------------

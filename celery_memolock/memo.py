@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 from typing_extensions import ParamSpec
 
@@ -16,6 +16,7 @@ from .aio import AsyncDriver, adrive
 from .errors import ConfigurationError, MemoLockError, StoreUnavailable
 from .protocol import MISS, Call, Core, Missing, Uncached, drive
 from .sync import Driver
+from .weave import weave
 
 if TYPE_CHECKING:
     from .codec import Codec
@@ -70,15 +71,16 @@ class Memo(Generic[P, R]):
             inline=lambda: engine.eager or (self.options.nested == "inline" and engine.in_worker),
             chain=computing.get(),
             overrides=self._overrides,
+            arguments=(args, kwargs),
         )
 
-    def run(self, core: Core[T], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T:
+    def run(self, core: Core[T]) -> T:
         """Drive a core of this task in the calling thread."""
-        return drive(core, Driver(self._engine, args, kwargs, unreadable=self._complain))
+        return drive(core, Driver(self._engine, unreadable=self._complain))
 
-    async def arun(self, core: Core[T], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T:
+    async def arun(self, core: Core[T]) -> T:
         """Drive a core of this task in the running event loop."""
-        driver = AsyncDriver(self._engine, args, kwargs, unreadable=self._complain)
+        driver = AsyncDriver(self._engine, self._complain)
         try:
             return await adrive(core, driver)
         finally:
@@ -97,8 +99,17 @@ class Memo(Generic[P, R]):
             compute = isinstance(error, StoreUnavailable) and self.options.on_redis_error == "compute"
             if not compute and not self._engine.eager:
                 raise
-        computed: R = yield Uncached()
+        computed: R = yield Uncached((args, kwargs))
         return computed
+
+    def fetch_many(self, calls: Iterable[tuple[Any, ...]], return_exceptions: bool) -> Core[list[Any]]:
+        """Get several values side by side."""
+        found = yield from weave([self.fetch(tuple(args), {}) for args in calls], time.monotonic)
+        if not return_exceptions:
+            for each in found:
+                if isinstance(each, BaseException):
+                    raise each
+        return found
 
     def peek(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Core[R | Missing]:
         """Look."""
@@ -156,22 +167,63 @@ class CallerMethods(Generic[P, R]):
                 worker's traceback is its cause.
         """
         memo = self.memo
-        return memo.run(memo.fetch(args, kwargs), args, kwargs)
+        return memo.run(memo.fetch(args, kwargs))
 
     async def aget_cached(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Do what `get_cached` does, from asyncio, without blocking the loop. To cancel it concerns no other caller."""
         memo = self.memo
-        return await memo.arun(memo.fetch(args, kwargs), args, kwargs)
+        return await memo.arun(memo.fetch(args, kwargs))
+
+    @overload
+    def get_cached_many(
+        self, calls: Iterable[tuple[Any, ...]], *, return_exceptions: Literal[False] = False
+    ) -> list[R]: ...
+
+    @overload
+    def get_cached_many(
+        self, calls: Iterable[tuple[Any, ...]], *, return_exceptions: Literal[True]
+    ) -> list[R | Exception]: ...
+
+    def get_cached_many(self, calls: Iterable[tuple[Any, ...]], *, return_exceptions: bool = False) -> Any:
+        """Return the values of several calls: one trip for all that are stored, and one to join or start the rest.
+
+        Args:
+            calls: the positional arguments of each, as tuples: ``[("q1",), ("q2",)]``.
+            return_exceptions: put an error in its call's place instead of raising the first.
+
+        Returns:
+            A list in the order of the calls.
+
+        Raises:
+            Exception: what `get_cached` raises for the first call that fails.
+        """
+        memo = self.memo
+        return memo.run(memo.fetch_many(calls, return_exceptions))
+
+    @overload
+    async def aget_cached_many(
+        self, calls: Iterable[tuple[Any, ...]], *, return_exceptions: Literal[False] = False
+    ) -> list[R]: ...
+
+    @overload
+    async def aget_cached_many(
+        self, calls: Iterable[tuple[Any, ...]], *, return_exceptions: Literal[True]
+    ) -> list[R | Exception]: ...
+
+    async def aget_cached_many(self, calls: Iterable[tuple[Any, ...]], *, return_exceptions: bool = False) -> Any:
+        """Do what `get_cached_many` does, from asyncio."""
+        memo = self.memo
+        return await memo.arun(memo.fetch_many(calls, return_exceptions))
 
     def peek(self, *args: P.args, **kwargs: P.kwargs) -> R | Missing:
         """Return the value if it is stored, else `MISS`, without computing or waiting."""
         memo = self.memo
-        return memo.run(memo.peek(args, kwargs), args, kwargs)
+        return memo.run(memo.peek(args, kwargs))
 
     async def apeek(self, *args: P.args, **kwargs: P.kwargs) -> R | Missing:
         """Do what `peek` does, from asyncio."""
         memo = self.memo
-        return await memo.arun(memo.peek(args, kwargs), args, kwargs)
+        return await memo.arun(memo.peek(args, kwargs))
 
     def refresh(self, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Have the value computed anew, without waiting. The old one is served until then.
@@ -181,12 +233,12 @@ class CallerMethods(Generic[P, R]):
             runs already may have read older data, asked for another after it.
         """
         memo = self.memo
-        return memo.run(memo.refresh(args, kwargs), args, kwargs)
+        return memo.run(memo.refresh(args, kwargs))
 
     async def arefresh(self, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Do what `refresh` does, from asyncio."""
         memo = self.memo
-        return await memo.arun(memo.refresh(args, kwargs), args, kwargs)
+        return await memo.arun(memo.refresh(args, kwargs))
 
     def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Drop the value: no later call sees it, nor one that is being computed from older data right now.
@@ -195,12 +247,12 @@ class CallerMethods(Generic[P, R]):
             Whether a value was stored.
         """
         memo = self.memo
-        return memo.run(memo.invalidate(args, kwargs), args, kwargs)
+        return memo.run(memo.invalidate(args, kwargs))
 
     async def ainvalidate(self, *args: P.args, **kwargs: P.kwargs) -> bool:
         """Do what `invalidate` does, from asyncio."""
         memo = self.memo
-        return await memo.arun(memo.invalidate(args, kwargs), args, kwargs)
+        return await memo.arun(memo.invalidate(args, kwargs))
 
     def set_cached(self, value: R, /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Store a value for these arguments. Whoever waits gets it; the outcome of a running flight is refused.
@@ -209,12 +261,12 @@ class CallerMethods(Generic[P, R]):
             EncodeError, ValueTooLarge: the value cannot be stored.
         """
         memo = self.memo
-        memo.run(memo.put(value, args, kwargs), args, kwargs)
+        memo.run(memo.put(value, args, kwargs))
 
     async def aset_cached(self, value: R, /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Do what `set_cached` does, from asyncio."""
         memo = self.memo
-        await memo.arun(memo.put(value, args, kwargs), args, kwargs)
+        await memo.arun(memo.put(value, args, kwargs))
 
     def with_options(self, **overrides: Any) -> CallerMethods[P, R]:
         """Return the task's caller methods with other options, for the calls made through it.

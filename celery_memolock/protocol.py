@@ -43,6 +43,7 @@ __all__ = [
     "Done",
     "Finished",
     "Get",
+    "GetAll",
     "GoesOn",
     "Hold",
     "Invalidate",
@@ -57,14 +58,17 @@ __all__ = [
     "Requeue",
     "Returned",
     "Run",
+    "RunAll",
     "Script",
     "Settle",
     "Skip",
     "TakeSeat",
+    "TakeSeats",
     "Ticket",
     "Uncached",
     "Unreadable",
     "Wait",
+    "WaitForAny",
     "Waiting",
     "Won",
     "compute",
@@ -79,6 +83,7 @@ __all__ = [
 
 T = TypeVar("T")
 Core = Generator[Any, Any, T]
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 class Missing(Enum):
@@ -120,6 +125,7 @@ class Call:
         inline: asked on a miss: is the value to be computed in this very caller if nobody has begun to?
         chain: the entries that are being computed where the call was made, outermost first.
         overrides: the options that this call set, which its flight takes along.
+        arguments: positional and by name; the core only hands them on.
     """
 
     task: str
@@ -129,6 +135,7 @@ class Call:
     inline: Callable[[], bool] = bool
     chain: tuple[str, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Arguments = ((), {})
 
     @property
     def park(self) -> float:
@@ -218,6 +225,21 @@ class Get:
 
     keys: Keys
     patience: float
+
+
+@dataclass(frozen=True, slots=True)
+class GetAll:
+    """Read several entries in one trip → a list of bytes or None."""
+
+    keys: tuple[Keys, ...]
+    patience: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunAll:
+    """Run several scripts in one trip → a list of their replies, with `StoreUnavailable` for each that failed."""
+
+    scripts: tuple[Script, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,10 +386,26 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeSeats:
+    """Make several seats that this driver can wait on together → a list of `Seat`."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class WaitForAny:
+    """Wait until one of the seats has a turn, at most so many seconds."""
+
+    seats: tuple[Seat, ...]
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
 class Dispatch:
     """Hand the flight's message to the queue, or run it here and now if the call is `inline`."""
 
     ticket: Ticket
+    arguments: Arguments
     inline: bool
     timeout: float
 
@@ -375,6 +413,8 @@ class Dispatch:
 @dataclass(frozen=True, slots=True)
 class Uncached:
     """Run the bare task here and now, without cache or flight → its result."""
+
+    arguments: Arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -572,7 +612,7 @@ def _dispatch(call: Call, fence: str, patience: float = math.inf) -> Core[None]:
     ticket = Ticket(call.keys, fence, call.chain, call.overrides)
     inline = call.inline()
     try:
-        yield Dispatch(ticket, inline, timeout)
+        yield Dispatch(ticket, call.arguments, inline, timeout)
     except Exception as error:
         # The flight fails for all its waiters; were they to try in turn, each would wait for the broker.
         yield Settle(call.keys, Run(fence, 0), "E", pack_error(error), call.options.error_ttl, call.park)

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
@@ -91,6 +91,16 @@ class Store:
         with self._troubles:
             return _checked([await self._pipe().get(keys.entry, patience)])  # type: ignore[no-any-return]
 
+    def get_all(self, keys: Sequence[Keys], patience: float) -> list[bytes | None]:
+        """Read several entries in one trip."""
+        with self._troubles:
+            return _all_checked(self._connections.ask(self._packed_gets(keys), len(keys), patience))
+
+    async def aget_all(self, keys: Sequence[Keys], patience: float) -> list[bytes | None]:
+        """Do what `get_all` does, from asyncio."""
+        with self._troubles:
+            return _all_checked(await self._pipe().ask(self._packed_gets(keys), len(keys), patience))
+
     def run(self, effect: Script) -> Any:
         """Run an effect's script and return its reply.
 
@@ -117,20 +127,45 @@ class Store:
         return reply(effect, raw)
 
     def run_all(self, effects: Sequence[Script]) -> list[Any]:
-        """Run scripts in one round trip → their replies, or `StoreUnavailable` in the place of one that failed.
+        """Run scripts in one trip → their replies, or `StoreUnavailable` in the place of one that failed.
 
         Raises:
             StoreUnavailable: the server cannot be reached.
         """
         with self._troubles:
-            raw = self._connections.ask([part for effect in effects for part in self._packed(effect)], len(effects))
-        replies: list[Any] = []
+            raw = self._connections.ask(self._all_packed(effects), len(effects), _least_patience(effects))
+        return [self._reply_of(effect, each, self.run) for effect, each in zip(effects, raw, strict=True)]
+
+    async def arun_all(self, effects: Sequence[Script]) -> list[Any]:
+        """Do what `run_all` does, from asyncio."""
+        with self._troubles:
+            raw = await self._pipe().ask(self._all_packed(effects), len(effects), _least_patience(effects))
+        replies = []
         for effect, each in zip(effects, raw, strict=True):
-            try:
-                replies.append(self.run(effect) if isinstance(each, Exception) else reply(effect, each))
-            except StoreUnavailable as error:
-                replies.append(error)
+            if isinstance(each, NoScriptError):
+                try:
+                    replies.append(await self.arun(effect))
+                except StoreUnavailable as error:
+                    replies.append(error)
+            else:
+                replies.append(self._reply_of(effect, each, self.run))
         return replies
+
+    def _reply_of(self, effect: Script, raw: Any, again: Callable[[Script], Any]) -> Any:
+        try:
+            if isinstance(raw, NoScriptError):
+                return again(effect)
+            with self._troubles:
+                return reply(effect, _checked([raw]))
+        except StoreUnavailable as error:
+            return error
+
+    def _all_packed(self, effects: Sequence[Script]) -> Packed:
+        return [part for effect in effects for part in self._packed(effect)]
+
+    def _packed_gets(self, keys: Sequence[Keys]) -> Packed:
+        # Not MGET: in a cluster it would have to be split by slots, and one trip it is either way.
+        return [part for each in keys for part in self._connections.pack("GET", each.entry)]
 
     def _packed(self, effect: Script, by_text: bool = False) -> Packed:
         source = script_of(effect)
@@ -212,6 +247,16 @@ def _trouble(error: Exception) -> str:
         case redis.ConnectionError() | OSError():
             return f"cannot be reached: {error}"
     return f"refused a command: {error}"
+
+
+def _least_patience(effects: Sequence[Script]) -> float | None:
+    return min((each for each in map(_patience, effects) if each is not None), default=None)
+
+
+def _all_checked(answers: list[Any]) -> list[Any]:
+    for answer in answers:
+        _checked([answer])
+    return answers
 
 
 def _checked(answers: list[Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from . import protocol
@@ -21,7 +21,6 @@ class Driver:
 
     Args:
         engine: what sends flights, and has the server.
-        args, kwargs: of the call.
         body: what the effect `Body` runs; only a worker has one.
         unreadable: is told of an entry that cannot be read.
     """
@@ -29,16 +28,13 @@ class Driver:
     def __init__(
         self,
         engine: Engine,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
         body: Callable[[protocol.Run], Any] | None = None,
         unreadable: Callable[[MemoLockError], None] | None = None,
     ) -> None:
         self._engine = engine
-        self._args = args
-        self._kwargs = kwargs or {}
         self._body = body
         self._unreadable = unreadable
+        self._any: threading.Event | None = None
 
     def __call__(self, effect: Any) -> Any:
         """Perform one effect and return its reply."""
@@ -50,17 +46,27 @@ class Driver:
             case protocol.Wait(seat, timeout):
                 return _wait(seat, timeout)
             case protocol.TakeSeat():
-                return _ThreadSeat()
+                return _ThreadSeat(threading.Event())
             case protocol.Listen(timeout):
                 return self._engine.store.listen(timeout)
-            case protocol.Dispatch(ticket, inline, timeout):
+            case protocol.Dispatch(ticket, (args, kwargs), inline, timeout):
                 if inline:
-                    self._engine.run_here(ticket, self._args, self._kwargs)
+                    self._engine.run_here(ticket, args, kwargs)
                 else:
-                    self._engine.send(ticket, self._args, self._kwargs, timeout)
+                    self._engine.send(ticket, args, kwargs, timeout)
                 return None
-            case protocol.Uncached():
-                return self._engine.run_here(None, self._args, self._kwargs)
+            case protocol.Uncached((args, kwargs)):
+                return self._engine.run_here(None, args, kwargs)
+            case protocol.GetAll(keys, patience):
+                return self._engine.store.get_all(keys, patience)
+            case protocol.RunAll(scripts):
+                return self._engine.store.run_all(scripts)
+            case protocol.TakeSeats(count):
+                self._any = self._any or threading.Event()
+                return [_ThreadSeat(self._any) for _ in range(count)]
+            case protocol.WaitForAny(seats, timeout):
+                assert self._any is not None
+                return _wait_for_any(self._any, seats, timeout)
             case protocol.Body(run):
                 assert self._body is not None
                 return self._body(run)
@@ -80,18 +86,22 @@ class Driver:
 class _ThreadSeat(Seat):
     __slots__ = ("event",)
 
-    def __init__(self) -> None:
-        self.event = threading.Event()
-        super().__init__(self.event.set)
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+        super().__init__(event.set)
 
 
 def _wait(seat: Seat, timeout: float) -> Turn | Settled | Broken | None:
     assert isinstance(seat, _ThreadSeat)
+    _wait_for_any(seat.event, (seat,), timeout)
+    return seat.turn
+
+
+def _wait_for_any(event: threading.Event, seats: tuple[Seat, ...], timeout: float) -> None:
     deadline = time.monotonic() + timeout
-    while seat.turn is None:
+    while all(seat.turn is None for seat in seats):
         left = deadline - time.monotonic()
         if left <= 0:
-            return None
-        seat.event.wait(left)
-        seat.event.clear()
-    return seat.turn
+            return
+        event.wait(left)
+        event.clear()

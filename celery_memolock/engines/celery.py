@@ -254,7 +254,7 @@ class _Flight:
     def _refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
             memo = self._task.memo.override({"nested": "dispatch"})
-            memo.run(memo.refresh(args, kwargs), args, kwargs)
+            memo.run(memo.refresh(args, kwargs))
         except MemoLockError as error:
             logger.warning("memolock could not start the refresh that was asked for: %s", error)
 

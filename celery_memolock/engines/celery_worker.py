@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import threading
+import time
 from typing import Any
 
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
@@ -20,8 +21,8 @@ from .celery import holder_of, store_of, ticket_in
 
 __all__ = ["FlightRequest"]
 
-#: Seconds until Celery's pool, which looks after its processes every five, has replaced one that was killed. A message
-#: that comes before may be given to the dead process, and lie there until another one comes.
+#: Seconds after which Celery's pool, which looks after its processes every five, has replaced one that was killed. A
+#: message that comes before may be given to the dead process, and lie there until another one comes.
 REFILLED = 6.0
 
 _Request: Any = importlib.import_module("celery.worker.request").Request
@@ -30,6 +31,13 @@ logger = logging.getLogger("celery_memolock")
 
 class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
     """Celery's record of one message in the worker's main process, for tasks that may be flights."""
+
+    _pool: Any = None
+
+    def execute_using_pool(self, pool: Any, **kwargs: Any) -> Any:
+        """Remember the pool, to see when it has replaced a process."""
+        self._pool = pool
+        return super().execute_using_pool(pool, **kwargs)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         """Let another worker take over soon, whatever the lease, when this one's child is gone."""
@@ -58,12 +66,22 @@ class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
         effect = Disown(ticket.keys, ticket.fence, holder, outcome, 30.0)
 
         def tell() -> None:
+            if outcome is None:
+                self._await_replacement()
             try:
                 store_of(self.app).run(effect)
             except MemoLockError as error:
                 logger.warning("memolock leaves key %s to its lease: %s", ticket.keys.tag, error)
 
         # In a thread, as the main process must not wait for a server that may be slow.
-        timer = threading.Timer(0.0 if outcome else REFILLED, tell)
-        timer.name, timer.daemon = "memolock-disown", True
-        timer.start()
+        threading.Thread(target=tell, name="memolock-disown", daemon=True).start()
+
+    def _await_replacement(self) -> None:
+        """Return when the pool has a process in the place of the one that ran this."""
+        deadline = time.monotonic() + REFILLED
+        pool: Any = getattr(self._pool, "_pool", None)  # Celery's has billiard's inside
+        while time.monotonic() < deadline:
+            pids = [process.pid for process in getattr(pool, "_pool", ())]
+            if pids and self.worker_pid not in pids and len(pids) >= pool._processes:
+                return
+            time.sleep(0.1)

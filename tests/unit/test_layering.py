@@ -18,7 +18,7 @@ LAYERS = [
     {"keys"},
     {"rooms"},
     {"protocol"},
-    {"wire"},
+    {"weave", "wire"},
     {"connections", "inbox"},
     {"pipe"},
     {"store"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"engines.celery_worker"},
     {"cli"},
 ]
-PURE = ["errors", "options", "keys", "codec", "rooms", "protocol", "wire"]
+PURE = ["errors", "options", "keys", "codec", "rooms", "protocol", "weave", "wire"]
 
 
 def _imports(module: str) -> set[str]:

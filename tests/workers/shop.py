@@ -44,7 +44,7 @@ class FromAsyncio:
         if name == "with_options":
             return lambda **options: FromAsyncio(self._methods.with_options(**options))
         found = getattr(self._methods, name)
-        if name not in ("get_cached", "peek", "refresh", "invalidate", "set_cached"):
+        if name not in ("get_cached", "get_cached_many", "peek", "refresh", "invalidate", "set_cached"):
             return found
         if FromAsyncio.loop is None:
             FromAsyncio.loop = Loop()
