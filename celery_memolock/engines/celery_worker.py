@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+from celery import signals
 
 from ..codec import Packed, pack_error
 from ..errors import FlightFailed, MemoLockError
@@ -25,19 +26,15 @@ __all__ = ["FlightRequest"]
 #: message that comes before may be given to the dead process, and lie there until another one comes.
 REFILLED = 6.0
 
+#: By the worker's name.
+_pools: dict[str, Any] = {}
+
 _Request: Any = importlib.import_module("celery.worker.request").Request
 logger = logging.getLogger("celery_memolock")
 
 
 class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
     """Celery's record of one message in the worker's main process, for tasks that may be flights."""
-
-    _pool: Any = None
-
-    def execute_using_pool(self, pool: Any, **kwargs: Any) -> Any:
-        """Remember the pool, to see when it has replaced a process."""
-        self._pool = pool
-        return super().execute_using_pool(pool, **kwargs)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         """Let another worker take over soon, whatever the lease, when this one's child is gone."""
@@ -79,9 +76,16 @@ class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
     def _await_replacement(self) -> None:
         """Return when the pool has a process in the place of the one that ran this."""
         deadline = time.monotonic() + REFILLED
-        pool: Any = getattr(self._pool, "_pool", None)  # Celery's has billiard's inside
+        pool: Any = getattr(_pools.get(self.hostname), "_pool", None)  # Celery's has billiard's inside
         while time.monotonic() < deadline:
             pids = [process.pid for process in getattr(pool, "_pool", ())]
             if pids and self.worker_pid not in pids and len(pids) >= pool._processes:
                 return
             time.sleep(0.1)
+
+
+def _on_ready(sender: Any, **_: Any) -> None:
+    _pools[sender.hostname] = sender.pool
+
+
+signals.worker_ready.connect(_on_ready, weak=False, dispatch_uid="celery_memolock.ready")
