@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
+from functools import lru_cache
 from hashlib import blake2b
 from inspect import Parameter, Signature
 from typing import Any
@@ -56,6 +57,11 @@ def inbox_channel(prefix: str, inbox: str) -> str:
     return f"{prefix}:{FORMAT}:i:{inbox}"
 
 
+def entry_prefix(prefix: str, task: str) -> str:
+    """Name what the names of all entries of a task begin with."""
+    return f"{prefix}:{FORMAT}:e:{{{task}:"
+
+
 class KeyMaker:
     """Makes the keys of one task's calls.
 
@@ -88,6 +94,9 @@ class KeyMaker:
         # A call that gives all arguments by position needs no binding, which takes longer than all the rest.
         plain = all(each.kind is Parameter.POSITIONAL_OR_KEYWORD for each in names.values())
         self._plain = tuple(names) if plain else None
+        # The keys of the last calls with plain arguments; `typed`, as 1 and True are different arguments.
+        self._remembers = not callable(options.key)
+        self._remembered = lru_cache(512, typed=True)(lambda *args: self._keys(args, {}))
         for name in options.ignore:
             if name not in names:
                 raise OptionError(
@@ -104,6 +113,12 @@ class KeyMaker:
             TypeError: the arguments do not fit the task.
             ArgumentError: an argument cannot become part of a key.
         """
+        if not kwargs and self._remembers and all(type(value) in _ATOMS and _short(value) for value in args):
+            found: Keys = self._remembered(*args)
+            return found
+        return self._keys(args, kwargs)
+
+    def _keys(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Keys:
         if self._plain is not None and len(args) == len(self._plain) and not kwargs:
             arguments: Mapping[str, Any] = dict(zip(self._plain, args, strict=True))
         else:
@@ -146,6 +161,14 @@ class KeyMaker:
         if set(key) & set("{}"):
             raise ArgumentError(f"key= of task {self._task!r} gave {key!r}; braces are refused, they mark the hash tag")
         return key if len(key) <= _LONGEST_READABLE else _digest(key)
+
+
+#: Not float: 0.0 and -0.0 are equal, and make different keys.
+_ATOMS = frozenset([str, int, bool, type(None)])
+
+
+def _short(value: Any) -> bool:
+    return type(value) is not str or len(value) <= 200
 
 
 def _digest(text: str) -> str:

@@ -13,7 +13,9 @@ from typing_extensions import ParamSpec
 
 from . import protocol
 from .aio import AsyncDriver, adrive
+from .codec import Entry
 from .errors import ConfigurationError, MemoLockError, StoreUnavailable
+from .local import MISSING, Local
 from .protocol import MISS, Call, Core, Missing, Uncached, drive
 from .sync import Driver
 from .weave import weave
@@ -72,7 +74,26 @@ class Memo(Generic[P, R]):
             chain=computing.get(),
             overrides=self._overrides,
             arguments=(args, kwargs),
+            local=self._local(),
         )
+
+    def kept(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return the value that this process keeps, or `MISSING`."""
+        if not self.options.local_ttl or computing.get():
+            return MISSING
+        local = self._local()
+        if local is None:
+            return MISSING
+        found = local.get(self._maker.keys(args, kwargs).entry)
+        return self.codec.unpack(found) if type(found) is Entry else found
+
+    def _local(self) -> Local | None:
+        if not self.options.local_ttl:
+            return None
+        try:
+            return self._engine.store.local(self.task, self.options)
+        except ConfigurationError:
+            return None  # eager mode does without a server
 
     def run(self, core: Core[T]) -> T:
         """Drive a core of this task in the calling thread."""
@@ -167,11 +188,17 @@ class CallerMethods(Generic[P, R]):
                 worker's traceback is its cause.
         """
         memo = self.memo
+        kept = memo.kept(args, kwargs)
+        if kept is not MISSING:
+            return kept  # type: ignore[no-any-return]
         return memo.run(memo.fetch(args, kwargs))
 
     async def aget_cached(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Do what `get_cached` does, from asyncio, without blocking the loop. To cancel it concerns no other caller."""
         memo = self.memo
+        kept = memo.kept(args, kwargs)
+        if kept is not MISSING:
+            return kept  # type: ignore[no-any-return]
         return await memo.arun(memo.fetch(args, kwargs))
 
     @overload

@@ -44,6 +44,12 @@ class Options:
         max_crashes: after this many workers died over one flight it fails for all its callers. Default 2.
         max_overlap: at most so many runs of a key are alive at once, among them those that an
             invalidation made worthless. Default 2.
+        local_ttl: how long, at the most, a value is kept in the caller's process, where a hit costs no trip. A
+            value that is invalidated or replaced elsewhere is dropped as soon as the server's word of it
+            arrives. Default 0: not kept.
+        local_max_entries, local_max_bytes: at most so many of the task's values are kept in a process. Default 10,000
+            and 64 MiB.
+        local_lease: how long kept values are served after the last proof that such word would arrive. Default 1.
         nested: where a miss inside a worker's task is computed: "inline", in that task (no deadlock when
             the pool is full), or "dispatch", by another worker. Default "inline".
         serializer: kombu serializer of the value. Default "json".
@@ -74,6 +80,10 @@ class Options:
     skip_abandoned: bool = False
     max_crashes: int = 2
     max_overlap: int = 2
+    local_ttl: float = 0.0
+    local_max_entries: int = 10_000
+    local_max_bytes: int = 64 * 1024 * 1024
+    local_lease: float = 1.0
     nested: Literal["inline", "dispatch"] = "inline"
     serializer: str = "json"
     accept: tuple[str, ...] = ()
@@ -86,8 +96,8 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in _TIMES:
-            object.__setattr__(self, name, _seconds(name, getattr(self, name), zero=name == "error_ttl"))
-        for name in ("max_crashes", "max_overlap", "max_value_size", "version"):
+            object.__setattr__(self, name, _seconds(name, getattr(self, name), zero=name in _MAY_BE_ZERO))
+        for name in ("local_max_bytes", "local_max_entries", "max_crashes", "max_overlap", "max_value_size", "version"):
             _whole(name, getattr(self, name))
         if self.max_poll_interval < self.poll_interval:
             object.__setattr__(self, "max_poll_interval", self.poll_interval)
@@ -145,8 +155,12 @@ class Options:
 _FIELDS = tuple(f.name for f in fields(Options))
 _TIMES = tuple(f.name for f in fields(Options) if f.type == "float")
 
-#: What may differ from call to call. The others shape the key or its stored form.
-CALL_OPTIONS = frozenset((*_TIMES, "max_crashes", "max_overlap", "nested", "on_redis_error", "skip_abandoned"))
+_MAY_BE_ZERO = ("error_ttl", "local_ttl")
+
+#: What may differ from call to call. The others shape the key or its stored form, or belong to the whole process.
+CALL_OPTIONS = frozenset(_TIMES) - {"local_ttl", "local_lease"} | frozenset(
+    ("max_crashes", "max_overlap", "nested", "on_redis_error", "skip_abandoned")
+)
 
 
 def _known(given: Iterable[str], allowed: Iterable[str]) -> None:

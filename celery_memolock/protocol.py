@@ -27,6 +27,7 @@ from .errors import (
     WaitTimeout,
 )
 from .keys import Keys
+from .local import Local
 from .options import Options
 from .rooms import Broken, Place, Rooms, Seat, Settled
 
@@ -126,6 +127,7 @@ class Call:
         chain: the entries that are being computed where the call was made, outermost first.
         overrides: the options that this call set, which its flight takes along.
         arguments: positional and by name; the core only hands them on.
+        local: where values are kept in this process, if they are.
     """
 
     task: str
@@ -136,6 +138,7 @@ class Call:
     chain: tuple[str, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
     arguments: Arguments = ((), {})
+    local: Local | None = None
 
     @property
     def park(self) -> float:
@@ -506,13 +509,24 @@ def fetch(call: Call, rooms: Rooms, clock: Callable[[], float]) -> Core[Any]:
     began = clock()
     deadline = began + call.options.wait_timeout
     seen = ""
-    raw = yield Get(call.keys, call.options.wait_timeout)
-    if raw is not None:
-        try:
-            return _value(call, raw)
-        except (DecodeError, ValueTooLarge) as error:
-            yield Unreadable(error)
-            seen = fence_of(raw)
+    local = call.local
+    ticket = local.begin(call.keys.entry) if local is not None else None
+    try:
+        raw = yield Get(call.keys, call.options.wait_timeout)
+        if raw is not None:
+            try:
+                entry = Entry.parse(raw)
+                value = _value_of(call, entry)
+            except (DecodeError, ValueTooLarge) as error:
+                yield Unreadable(error)
+                seen = fence_of(raw)
+            else:
+                if local is not None and ticket is not None:
+                    local.end(call.keys.entry, ticket, value, entry)
+                return value
+    finally:
+        if local is not None and ticket is not None:
+            local.end(call.keys.entry, ticket)
 
     yield Listen(max(0.0, deadline - clock()))
     seat: Seat = yield TakeSeat()
@@ -569,12 +583,27 @@ def peek(call: Call) -> Core[Any]:
 
 def invalidate(call: Call) -> Core[bool]:
     """Drop the value and whatever is being computed from older data → whether there was a value."""
-    return (yield Invalidate(call.keys, new_nonce(), call.park))  # type: ignore[no-any-return]
+    _forget(call)
+    try:
+        return (yield Invalidate(call.keys, new_nonce(), call.park))  # type: ignore[no-any-return]
+    finally:
+        _forget(call)
 
 
 def put(call: Call, value: Any) -> Core[None]:
     """Store a value from outside; a running flight's waiters get it, and its late outcome is refused."""
-    yield Put(call.keys, new_nonce(), call.codec.pack(value), call.options.ttl, call.park, call.fleeting)
+    packed = call.codec.pack(value)
+    _forget(call)
+    try:
+        yield Put(call.keys, new_nonce(), packed, call.options.ttl, call.park, call.fleeting)
+    finally:
+        _forget(call)
+
+
+def _forget(call: Call) -> None:
+    """Before a change nobody else shall be served the old value here, and after it no read from before it kept."""
+    if call.local is not None:
+        call.local.drop(call.keys.entry)
 
 
 def _look(
@@ -647,7 +676,10 @@ def _acquire(
 
 
 def _value(call: Call, raw: bytes) -> Any:
-    entry = Entry.parse(raw)
+    return _value_of(call, Entry.parse(raw))
+
+
+def _value_of(call: Call, entry: Entry) -> Any:
     if entry.failed:
         raise unpack_error(entry)
     return call.codec.unpack(entry)

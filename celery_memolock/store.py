@@ -21,9 +21,12 @@ from redis.retry import Retry
 from .connections import MOST_CONNECTIONS, Busy, Connections, Packed
 from .errors import ConfigurationError, StoreUnavailable
 from .inbox import Inbox
-from .keys import Keys
+from .keys import Keys, entry_prefix
+from .local import Local
+from .options import Options
 from .pipe import Pipe
 from .protocol import Acquire, Hold, Leave, Renew, Run, Script
+from .tracker import Tracker
 from .wire import arguments, reply, script_of
 
 __all__ = ["Store"]
@@ -189,6 +192,24 @@ class Store:
         if not self._inbox.listen(patience):
             raise StoreUnavailable(f"Redis at {self.address} did not acknowledge a subscription in {patience:g} s")
 
+    def local(self, task: str, options: Options) -> Local:
+        """Return what this process keeps of a task's values, made at the first use."""
+        found = self._locals.get(task)
+        if found is None:
+            with self._start:
+                found = self._locals.get(task)
+                if found is None:
+                    found = Local(
+                        options.local_ttl,
+                        options.local_max_entries,
+                        options.local_max_bytes,
+                        options.local_lease,
+                        time.monotonic,
+                    )
+                    self._tracker.follow(entry_prefix(options.prefix, task), found, options.local_lease)
+                    self._locals[task] = found
+        return found
+
     def hold(self, hold: Hold) -> None:
         """Renew the lease of a run until `release`."""
         self._heart.hold(hold)
@@ -199,6 +220,7 @@ class Store:
 
     def close(self) -> None:
         """Stop the listener and close all connections."""
+        self._tracker.close()
         self._inbox.close()
         self._heart.close()
         self._connections.close()
@@ -211,6 +233,9 @@ class Store:
     def _begin(self) -> None:
         self._connections = Connections(self._client.connection_pool)
         self._pipes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pipe] = weakref.WeakKeyDictionary()
+        self._locals: dict[str, Local] = {}
+        self._start = threading.Lock()
+        self._tracker = Tracker(self._client.connection_pool)
         self._inbox = Inbox(self._client, self._prefix)
         self._heart = _Heart(self)
 

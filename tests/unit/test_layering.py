@@ -16,11 +16,11 @@ LAYERS = [
     {"errors"},
     {"codec", "options"},  # options asks codec, late, whether it knows a format
     {"keys"},
-    {"rooms"},
+    {"local", "rooms"},
     {"protocol"},
     {"weave", "wire"},
     {"connections", "inbox"},
-    {"pipe"},
+    {"pipe", "tracker"},
     {"store"},
     {"engine"},
     {"aio", "sync"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"engines.celery_worker"},
     {"cli"},
 ]
-PURE = ["errors", "options", "keys", "codec", "rooms", "protocol", "weave", "wire"]
+PURE = ["errors", "local", "options", "keys", "codec", "rooms", "protocol", "weave", "wire"]
 
 
 def _imports(module: str) -> set[str]:
@@ -70,7 +70,7 @@ def test_the_core_is_pure(module: str) -> None:
     assert not roots & {"redis", "celery", "socket", "selectors", "asyncio", "time", "logging"}
     if module != "codec":
         assert "kombu" not in roots
-    if module != "rooms":
+    if module not in ("local", "rooms"):
         assert "threading" not in roots
 
 

@@ -29,7 +29,20 @@ class Loop:
 
     def run(self, coroutine: Any) -> Any:
         """Run a coroutine there, and return its result here."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+        work = asyncio.run_coroutine_threadsafe(self._noting_its_end(coroutine, over := threading.Event()), self.loop)
+        try:
+            return work.result()
+        except KeyboardInterrupt:
+            work.cancel()
+            over.wait(10)
+            raise
+
+    @staticmethod
+    async def _noting_its_end(coroutine: Any, over: threading.Event) -> Any:
+        try:
+            return await coroutine
+        finally:
+            over.set()
 
 
 class FromAsyncio:
