@@ -26,6 +26,7 @@ chaos: $(STAMP)  ## faults injected into real processes, mutants caught, and a s
 
 bench: $(STAMP)  ## all measurements, into benchmarks/results
 	$(BIN)/python -m benchmarks.hit --json benchmarks/results/hit.json
+	$(BIN)/python -m benchmarks.local --json benchmarks/results/local.json
 	$(BIN)/python -m benchmarks.herd --json benchmarks/results/herd.json
 	$(BIN)/python -m benchmarks.recovery --json benchmarks/results/recovery.json
 

@@ -22,6 +22,7 @@ __all__ = ["Tracker"]
 
 logger = logging.getLogger("celery_memolock")
 
+_SHORTEST_BACKOFF: Final = 0.05
 _LONGEST_BACKOFF: Final = 2.0
 _INVALIDATE: Final = b"invalidate"
 _NOT_YET: Final = object()
@@ -43,9 +44,10 @@ class Tracker:
         self._locals: dict[str, weakref.WeakSet[Local]] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed = threading.Event()
         self._link: Any = None
         self._lease = 1.0
+        self._backoff = _SHORTEST_BACKOFF
 
     def follow(self, prefix: str, local: Local, lease: float) -> None:
         """Tell a local cache of all changes under a prefix, from now on."""
@@ -61,7 +63,7 @@ class Tracker:
     def close(self) -> None:
         """Stop, for good."""
         with self._lock:
-            self._closed = True
+            self._closed.set()
             self._hang_up()
             thread = self._thread
         if thread not in (None, threading.current_thread()):
@@ -73,11 +75,14 @@ class Tracker:
                 self._link._sock.shutdown(2)
 
     def _run(self) -> None:
-        backoff = 0.05
-        while not self._closed:
+        complained = False
+        while not self._closed.is_set():
             try:
                 self._attend()
-                backoff = 0.05
+            except redis.ResponseError as error:  # no RESP3, or not allowed to
+                if not complained:
+                    complained = True
+                    logger.warning("memolock keeps nothing locally, as the server does not track keys: %s", error)
             except (redis.RedisError, OSError, hiredis.ProtocolError) as error:
                 logger.debug("memolock lost the link of its local caches: %s", error)
             finally:
@@ -86,9 +91,8 @@ class Tracker:
                 if self._link is not None:
                     self._link.disconnect()
                     self._link = None
-            if not self._closed:
-                time.sleep(backoff * (0.5 + random.random()))
-                backoff = min(2 * backoff, _LONGEST_BACKOFF)
+            self._closed.wait(self._backoff * (0.5 + random.random()))
+            self._backoff = min(2 * self._backoff, _LONGEST_BACKOFF)
 
     def _attend(self) -> None:
         link = self._make()
@@ -105,7 +109,7 @@ class Tracker:
         ping = link.pack_command("PING")
         sent: list[float] = []
         due = 0.0
-        while not self._closed:
+        while not self._closed.is_set():
             now = time.monotonic()
             if now >= due:
                 if sent and now - sent[0] > max(5 * lease, 5.0):
@@ -129,6 +133,7 @@ class Tracker:
                         self._changed(message[1])
                 elif sent:
                     at = sent.pop(0)
+                    self._backoff = _SHORTEST_BACKOFF
                     for local in self._all():
                         local.proved(at)
 

@@ -217,6 +217,21 @@ def test_fork(any_server: Server, prefix: str) -> None:
     site.close()
 
 
+def test_server_that_does_not_track(prefix: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Where tracking is not allowed nothing is kept, values come from the server, and the log says so once."""
+    with Server() as own:
+        client = redis.Redis.from_url(own.url)
+        client.execute_command("ACL", "SETUSER", "default", "-client|tracking")
+        site = Site(own.url, own.url, prefix)
+        site.there.set_cached(1, "k")
+        for _ in range(20):
+            assert site.here.get_cached("k") == 1
+            threading.Event().wait(0.02)
+        until(lambda: "memolock keeps nothing locally" in caplog.text)
+        assert not site.kept("k")
+        site.close()
+
+
 def test_nothing_is_left(any_server: Server, prefix: str) -> None:
     """Closing ends the thread and the connection."""
     threads = threading.active_count()

@@ -248,6 +248,10 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
             records.blpop([f"gate:{key}"], 55)
         return version
 
+    @memolocked_task(app=app, ttl=60, name="shop.near", local_ttl=60)
+    def near(key: str) -> int:
+        return int(records.rpush(f"ran:{key}", "near"))
+
     @memolocked_task(app=app, ttl=60, name="shop.crowded")
     def crowded(key: str, seconds: float) -> str:
         ran(key)
@@ -263,7 +267,7 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
 
     by_class: Task[Any, Any] = app.register_task(ByClass())
     tasks = [stock, plain, slow, gated, failing, unencodable, bound, flaky, retrying, outer, circle, with_base, add]
-    tasks += [ping, pong, ending, early, soft, hard, expiring, sourced, crowded, missing]
+    tasks += [near, ping, pong, ending, early, soft, hard, expiring, sourced, crowded, missing]
     named = {task.name.removeprefix("shop."): task for task in [*tasks, by_class]}
     return Shop(app, records, tasks=named)
 

@@ -10,6 +10,7 @@ from celery import chain, group
 
 from celery_memolock import MISS, FlightFailed, ReentrantFlight, WaitTimeout, memolocked_task
 from celery_memolock.server import Server
+from tests.workers.conftest import in_a_process, until
 from tests.workers.shop import Shop, Sold
 
 AnyShop = tuple[Shop, str, str]
@@ -86,6 +87,17 @@ def test_circle_of_two(any_shop: AnyShop, key: str, nested: str) -> None:
     with pytest.raises(ReentrantFlight, match=r"shop\.ping.* -> shop\.pong.* -> shop\.ping"):
         made.ping.get_cached(key, nested)
     assert made.ran(key) == 2
+
+
+def test_local_cache(any_shop: AnyShop, key: str) -> None:
+    """A value that is kept here costs no trip, until another process invalidates it."""
+    made, *_ = any_shop
+    near = made.tasks["near"]
+    assert made.near.get_cached(key) == 1
+    until(lambda: made.near.get_cached(key) == 1 and near.memo.kept((key,), {}) == 1)
+    code = "import sys; from tests.workers.shop import shop; shop.near.invalidate(sys.argv[1])"
+    assert in_a_process(any_shop, code, key).returncode == 0
+    assert until(lambda: made.near.get_cached(key) == 2)
 
 
 def test_wrong_arguments(any_shop: AnyShop, key: str) -> None:
