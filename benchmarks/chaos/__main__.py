@@ -51,7 +51,7 @@ def judge(storm: Storm) -> dict[str, int]:
     runs = Counter((fence, attempt) for _, fence, attempt, *_ in map(json.loads, storm.witness.lrange("runs", 0, -1)))
     counts["overlapping runs of one (fence, attempt)"] = sum(count - 1 for count in runs.values())
     store = storm.client()
-    counts["leaked keys"] = sum(store.pttl(key) < 0 for key in store.scan_iter("memolock:*"))
+    counts["leaked keys"] = sum(store.pttl(key) == -1 for key in store.scan_iter("memolock:*"))
     return counts
 
 

@@ -68,6 +68,9 @@ _HEADER = "memolock"
 _OPTION_NAMES = frozenset(f.name for f in fields(Options))
 _MOST_STUCK = 64
 
+#: Seconds until a message comes again that a worker could not claim, having no way to the server. Another may have one.
+_PUT_BACK = 1.0
+
 if TYPE_CHECKING:
 
     class _Task(celery.Task[P, R]):
@@ -187,7 +190,12 @@ class _Flight:
         holder = holder_of(request.hostname, os.getppid(), os.getpid())
         redelivered = bool((request.delivery_info or {}).get("redelivered"))
         work = compute(self._call, self._ticket, holder, request.retries, redelivered, time.monotonic)
-        done = drive(work, Driver(self._engine, body=body))
+        try:
+            done = drive(work, Driver(self._engine, body=body))
+        except StoreUnavailable as error:  # before the run: what comes after it is in what `compute` returns
+            logger.warning("memolock puts the message of key %s back: %s", self._call.keys.tag, error)
+            self._send_again(args, kwargs, _PUT_BACK)
+            raise Ignore from None
         if isinstance(done, Skip):
             logger.info("memolock skips a message of key %s: %s", self._call.keys.tag, done.reason)
             raise Ignore

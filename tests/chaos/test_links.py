@@ -117,6 +117,7 @@ def test_worker_cut_off(server: Server, link: Link, start_worker: Start, key: st
     made = make(server.url, server.url, made.app.conf.memolock_prefix)
     waiter = in_background(made.gated.with_options(wait_timeout=60).get_cached, key)
     made.await_start(key)
+    made.app.control.cancel_consumer(made.app.conf.memolock_prefix, reply=True)  # the next message is for the other one
     start_worker(server.url, server.url, prefix=made.app.conf.memolock_prefix)
     with link.cut(), measured("a worker is cut off from the server (lease 1 s)"):
         made.await_start(key)
@@ -125,6 +126,19 @@ def test_worker_cut_off(server: Server, link: Link, start_worker: Start, key: st
         assert waiter.result(20) == "in time"
     until(lambda: "succeeded" in lonely.log.read_text() or "memolock lost the value" in lonely.log.read_text())
     assert made.gated.peek(key) == "in time"
+
+
+def test_worker_that_cannot_claim(server: Server, link: Link, start_worker: Start, key: str) -> None:
+    """A worker that gets a message, and has no way to the server, puts it back for another one."""
+    made, lonely = start_worker(server.url, link.url, "--concurrency", "1", records=server.url)
+    made = make(server.url, server.url, made.app.conf.memolock_prefix)
+    with link.cut():
+        waiter = in_background(made.stock.with_options(wait_timeout=60).get_cached, key)
+        until(lambda: "memolock puts the message" in lonely.log.read_text())
+        made.app.control.cancel_consumer(made.app.conf.memolock_prefix, reply=True)
+        start_worker(server.url, server.url, prefix=made.app.conf.memolock_prefix)
+        assert waiter.result(30) == [key, "stock"]
+    assert made.ran(key) == 1
 
 
 def test_worker_finds_its_way_back(
