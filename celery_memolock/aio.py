@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from . import protocol
 from .engine import Engine
 from .errors import MemoLockError
+from .pipe import retrieve
 from .protocol import Core, Script
 from .rooms import Broken, Seat, Settled, Turn
 
@@ -220,11 +221,5 @@ async def _in_thread(call: Callable[..., T], *args: Any) -> T:
     """Call in another thread, in this context. If the caller is cancelled the call goes on, and its result is lost."""
     context = copy_context()
     work = asyncio.get_running_loop().run_in_executor(_threads, lambda: context.run(call, *args))
-    work.add_done_callback(_retrieve)
+    work.add_done_callback(retrieve)
     return await asyncio.shield(work)
-
-
-def _retrieve(future: asyncio.Future[Any]) -> None:
-    """Nobody may be left to hear of its error."""
-    if not future.cancelled():
-        future.exception()

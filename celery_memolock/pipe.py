@@ -17,7 +17,7 @@ from redis.exceptions import NoScriptError
 
 from .connections import Packed
 
-__all__ = ["Pipe"]
+__all__ = ["Pipe", "retrieve"]
 
 #: The asyncio twin of each of the client's connections.
 _TWINS: Final[dict[type, type]] = {
@@ -142,7 +142,7 @@ class Pipe:
             if begun is None or begun.done():
                 begun = None
                 self._connecting = loop.create_task(self._open())
-                self._connecting.add_done_callback(_retrieve)
+                self._connecting.add_done_callback(retrieve)
             # Others may wait for the same connection, with more patience.
             connecting = self._connecting
             assert connecting is not None
@@ -169,7 +169,7 @@ def _late(future: asyncio.Future[Any]) -> None:
         future.set_exception(redis.TimeoutError("no reply in time"))
 
 
-def _retrieve(task: asyncio.Task[Any]) -> None:
+def retrieve(task: asyncio.Future[Any]) -> None:
     """All who waited may have gone: nobody has to be told that its error was never asked for."""
     if not task.cancelled():
         task.exception()

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
@@ -137,7 +137,13 @@ class Store:
         """
         with self._troubles:
             raw = self._connections.ask(self._all_packed(effects), len(effects), _least_patience(effects))
-        return [self._reply_of(effect, each, self.run) for effect, each in zip(effects, raw, strict=True)]
+        replies = []
+        for effect, each in zip(effects, raw, strict=True):
+            try:
+                replies.append(self.run(effect) if isinstance(each, NoScriptError) else self._reply_to(effect, each))
+            except StoreUnavailable as error:
+                replies.append(error)
+        return replies
 
     async def arun_all(self, effects: Sequence[Script]) -> list[Any]:
         """Do what `run_all` does, from asyncio."""
@@ -145,23 +151,16 @@ class Store:
             raw = await self._pipe().ask(self._all_packed(effects), len(effects), _least_patience(effects))
         replies = []
         for effect, each in zip(effects, raw, strict=True):
-            if isinstance(each, NoScriptError):
-                try:
-                    replies.append(await self.arun(effect))
-                except StoreUnavailable as error:
-                    replies.append(error)
-            else:
-                replies.append(self._reply_of(effect, each, self.run))
+            try:
+                lost = isinstance(each, NoScriptError)
+                replies.append(await self.arun(effect) if lost else self._reply_to(effect, each))
+            except StoreUnavailable as error:
+                replies.append(error)
         return replies
 
-    def _reply_of(self, effect: Script, raw: Any, again: Callable[[Script], Any]) -> Any:
-        try:
-            if isinstance(raw, NoScriptError):
-                return again(effect)
-            with self._troubles:
-                return reply(effect, _checked([raw]))
-        except StoreUnavailable as error:
-            return error
+    def _reply_to(self, effect: Script, raw: Any) -> Any:
+        with self._troubles:
+            return reply(effect, _checked([raw]))
 
     def _all_packed(self, effects: Sequence[Script]) -> Packed:
         return [part for effect in effects for part in self._packed(effect)]

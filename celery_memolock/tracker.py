@@ -107,17 +107,17 @@ class Tracker:
         sock = link._sock
         reader = hiredis.Reader(notEnoughData=_NOT_YET)
         ping = link.pack_command("PING")
-        sent: list[float] = []
+        asked: float | None = None  # when the PING was sent that is not answered yet
         due = 0.0
         while not self._closed.is_set():
             now = time.monotonic()
             if now >= due:
-                if sent and now - sent[0] > max(5 * lease, 5.0):
+                if asked is not None and now - asked > max(5 * lease, 5.0):
                     raise redis.TimeoutError("no answer on the link of the local caches")
-                if not sent:
+                if asked is None:
                     for part in ping:
                         sock.sendall(part)
-                    sent.append(now)
+                    asked = now
                 due = now + lease / 3
             sock.settimeout(max(0.001, due - time.monotonic()))
             try:
@@ -131,11 +131,11 @@ class Tracker:
                 if isinstance(message, hiredis.PushNotification):
                     if message[0] == _INVALIDATE:
                         self._changed(message[1])
-                elif sent:
-                    at = sent.pop(0)
+                elif asked is not None:
                     self._backoff = _SHORTEST_BACKOFF
                     for local in self._all():
-                        local.proved(at)
+                        local.proved(asked)
+                    asked = None
 
     def _changed(self, keys: list[bytes] | None) -> None:
         if keys is None:  # FLUSHALL
