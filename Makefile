@@ -14,21 +14,22 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 test: $(STAMP)   ## unit, contract and integration tests on an own server
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 model: $(STAMP)  ## the protocol under the model checker Spin (needs spin and gcc)
-	$(BIN)/python -m pytest -m model $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m model $(ARGS)
 
 chaos: $(STAMP)  ## faults injected into real processes, mutants caught, and a storm of a minute
 	$(BIN)/python -m pytest -m "chaos or slow" $(ARGS)
 	MEMOLOCK_DRIVER=asyncio $(BIN)/python -m pytest tests/chaos -m chaos --ignore tests/chaos/test_storm.py $(ARGS)
 	$(BIN)/python -m benchmarks.chaos --seconds 60
 
-bench: $(STAMP)  ## all measurements, into benchmarks/results
-	$(BIN)/python -m benchmarks.hit --json benchmarks/results/hit.json
-	$(BIN)/python -m benchmarks.local --json benchmarks/results/local.json
-	$(BIN)/python -m benchmarks.herd --json benchmarks/results/herd.json
-	$(BIN)/python -m benchmarks.recovery --json benchmarks/results/recovery.json
+bench: $(STAMP)  ## all measurements, into benchmarks/results, and the page with its plots (45 minutes)
+	for name in hit local miss herd storm scale overhead recovery; do \
+		$(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.chaos --seconds 600 --json benchmarks/results/chaos.json
+	$(BIN)/python -m benchmarks.report
 
 demo: $(STAMP)   ## the queue page: no cache, plain cache, memolock (ARGS="--users 1000")
 	$(BIN)/celery-memolock demo $(ARGS)

@@ -1,8 +1,11 @@
-"""Request coalescing for Celery: a cache miss runs one background task per key, and every caller waits for it."""
+"""Request coalescing for Celery and RQ: a miss runs one background task per key, and every caller waits for it."""
 
 from __future__ import annotations
 
-from .engines.celery import MemoLockTask, memolocked_task
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .engines.inline import Client, MemoLock
 from .errors import (
     ArgumentError,
     ConfigurationError,
@@ -11,6 +14,7 @@ from .errors import (
     EncodeError,
     FlightFailed,
     MemoLockError,
+    NothingStale,
     OptionError,
     ReentrantFlight,
     RemoteTraceback,
@@ -19,28 +23,46 @@ from .errors import (
     ValueTooLarge,
     WaitTimeout,
 )
-from .options import Options
-from .protocol import MISS
+from .flight import Flight, current_flight
+from .options import Options, Progress
+from .protocol import MISS, CachedEntry
+
+if TYPE_CHECKING:
+    from .engines.celery import MemoLockTask, memolocked_task
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MISS",
     "ArgumentError",
+    "CachedEntry",
+    "Client",
     "ConfigurationError",
     "DecodeError",
     "DispatchError",
     "EncodeError",
+    "Flight",
     "FlightFailed",
+    "MemoLock",
     "MemoLockError",
     "MemoLockTask",
+    "NothingStale",
     "OptionError",
     "Options",
+    "Progress",
     "ReentrantFlight",
     "RemoteTraceback",
     "StoreUnavailable",
     "TaskFailed",
     "ValueTooLarge",
     "WaitTimeout",
+    "current_flight",
     "memolocked_task",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Celery takes a tenth of a second and more to import, and who uses another engine has no need of it.
+    if name in ("MemoLockTask", "memolocked_task"):
+        return getattr(importlib.import_module(".engines.celery", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

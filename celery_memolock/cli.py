@@ -8,9 +8,11 @@ from typing import Any
 import click
 from celery.bin.base import CLIContext
 
+from . import external
 from .engines.celery import MemoLockTask, is_fallback
 from .errors import MemoLockError
 from .protocol import MISS
+from .store import client_of
 
 __all__ = ["main", "memolock"]
 
@@ -32,6 +34,33 @@ def demo(options: tuple[str, ...]) -> None:
     except ImportError as error:
         raise click.ClickException(f"the demo needs {error.name}: pip install 'celery-memolock[demo]'") from error
     command.main(args=list(options), prog_name="celery-memolock demo")
+
+
+@main.command(context_settings={"ignore_unknown_options": True})  # -5 is a value
+@click.argument("token")
+@click.argument("value", default="")
+@click.option("--error", help="Settle it with an error of this message instead.")
+@click.option("--redis", "url", default="redis://localhost:6379/0", envvar="MEMOLOCK_REDIS_URL", show_default=True)
+def settle(token: str, value: str, error: str | None, url: str) -> None:
+    """Settle a flight that was handed out: VALUE is JSON, TOKEN is the task's current_flight.token."""
+    try:
+        with client_of(url, "the URL of --redis or MEMOLOCK_REDIS_URL") as client:
+            if error is not None:
+                answer = external.fail(client, token, error)
+            else:
+                answer = external.settle(client, token, _value_of(value))
+    except MemoLockError as refused:
+        raise click.ClickException(str(refused)) from None
+    click.echo(answer)
+    if answer == "REFUSED":
+        raise click.ClickException("it comes too late: another flight took over, or it was settled already")
+
+
+def _value_of(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise click.ClickException(f"the value {text!r} is no JSON: {error}") from None
 
 
 @click.group()

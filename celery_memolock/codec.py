@@ -1,15 +1,17 @@
 """What is stored under a key: a one-line header in plain text, then the payload.
 
-    ML1 V <fence> <started> <fresh until> <compute time> <content type> <encoding> <compression>\\n<payload>
+    ML1 V <fence> <started> <fresh until> <compute time> <content type> <encoding> <compression> <etag>\\n<payload>
 
-`V` is a value, `E` an error; the times are the server's, in microseconds; an absent encoding or compression is
-``-``. The script that stores an outcome writes the front of the header, as only the server knows fence and
-time; we write the rest. An entry is one Redis string, so a hit is one plain GET.
+`V` is a value, `S` a value that is kept for longer than it is fresh, `E` an error; the times are the server's, in
+microseconds; an absent encoding or compression is ``-``, and an etag begins with ``=``. The content type of a value of
+a type of its own (`typed`) ends in ``;typed``. The script that stores an outcome writes the front of the header, as
+only the server knows fence and time; we write the rest. An entry is one Redis string, so a hit is one plain GET.
 """
 
 from __future__ import annotations
 
 import bz2
+import importlib
 import json
 import lzma
 import re
@@ -19,6 +21,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from kombu import serialization
 from kombu.compression import compress
@@ -30,11 +33,14 @@ from .errors import DecodeError, EncodeError, OptionError, RemoteTraceback, Task
 
 if TYPE_CHECKING:
     from .options import Options
+    from .shape import Shape
 
 __all__ = ["Codec", "Entry", "Packed", "check_formats", "fence_of", "pack_error", "unpack_error"]
 
 _MAGIC = b"ML1"
+_KINDS = {b"V": (False, False), b"S": (False, True), b"E": (True, False)}
 _JSON = "application/json"
+_TYPED = ";typed"
 #: kombu's JSON calls a function for each object, to restore what bears this mark. Most values have none.
 _HOOKED = b"__type__"
 _decoders: dict[str, Any] = registry._decoders  # a program may have put another JSON there
@@ -56,13 +62,16 @@ class Entry:
 
     Attributes:
         failed: True for an error, False for a value.
+        soft: whether it is kept beyond `fresh_until`, so that a reader has to look at the time.
         fence: the flight, or `set_cached`, that stored it.
         started: server time at which its computing began, in microseconds since 1970.
         fresh_until: server time until which it is fresh, in microseconds since 1970.
         compute_time: how long the computing took, in microseconds.
+        etag: what the task named this version of the value.
     """
 
     failed: bool
+    soft: bool
     fence: str
     started: int
     fresh_until: int
@@ -70,7 +79,13 @@ class Entry:
     content_type: str
     encoding: str
     compression: str
+    etag: str
     body: bytes
+
+    @property
+    def stored(self) -> int:
+        """Server time at which it was stored, in microseconds since 1970."""
+        return self.started + self.compute_time
 
     @classmethod
     def parse(cls, raw: bytes) -> Entry:
@@ -81,11 +96,11 @@ class Entry:
         """
         header, newline, body = raw.partition(b"\n")
         try:
-            magic, kind, fence, started, fresh, compute, ctype, encoding, compression = header.split(b" ")
-            if magic != _MAGIC or not newline or kind not in (b"V", b"E"):
+            magic, kind, fence, started, fresh, compute, ctype, encoding, compression, etag = header.split(b" ")
+            if magic != _MAGIC or not newline or etag[:1] != b"=":
                 raise ValueError
             return cls(
-                kind == b"E",
+                *_KINDS[kind],
                 fence.decode("ascii"),
                 int(started),
                 int(fresh),
@@ -93,29 +108,43 @@ class Entry:
                 ctype.decode("ascii"),
                 encoding.decode("ascii"),
                 compression.decode("ascii"),
+                unquote(etag[1:].decode("ascii")) if len(etag) > 1 else "",
                 body,
             )
-        except ValueError:
+        except (ValueError, KeyError):
             raise DecodeError("a stored entry has no header that this version can read") from None
 
 
 def fence_of(raw: bytes) -> str:
     """Return what the server, too, takes for the fence of a stored value, be the rest as broken as it may; else ""."""
-    found = re.match(rb"ML1 V ([0-9]+-[0-9A-Za-z]+) ", raw[:128])
+    found = re.match(rb"ML1 [VS] ([0-9]+-[0-9A-Za-z]+) ", raw[:128])
     return found[1].decode("ascii") if found else ""
 
 
 class Codec:
-    """Encodes and decodes the values of one task, as its options say."""
+    """Encodes and decodes the values of one task, as its options say.
 
-    def __init__(self, task: str, options: Options) -> None:
+    Args:
+        shape: turns values into plain data and back, where the task says of what type they are.
+    """
+
+    def __init__(self, task: str, options: Options, shape: Shape | None = None) -> None:
         self._task = task
+        self._shape = shape
+        self._compress_over = options.compress_over
         self._serializer = options.serializer
-        self._compression = options.compression
+        self._compression = _COMPRESSIONS.get(options.compression or "")
+        self._mark = "" if shape is None else _TYPED
         self._cap = options.max_value_size
         self._accept = _content_types(options.accept or (options.serializer,))
+        self._marked = frozenset(each + self._mark for each in self._accept)
 
-    def pack(self, value: Any) -> Packed:
+    @property
+    def typed(self) -> bool:
+        """Whether values are of a type of their own, and not plain data."""
+        return self._shape is not None
+
+    def pack(self, value: Any, etag: str = "") -> Packed:
         """Encode a value.
 
         Raises:
@@ -123,7 +152,8 @@ class Codec:
             ValueTooLarge: encoded, it exceeds `max_value_size`.
         """
         try:
-            content_type, encoding, data = serialization.dumps(value, serializer=self._serializer)
+            plain = value if self._shape is None else self._shape.plain(value)
+            content_type, encoding, data = serialization.dumps(plain, serializer=self._serializer)
         except Exception as error:
             raise EncodeError(
                 f"the value of task {self._task!r}, a {type(value).__qualname__}, cannot be encoded "
@@ -135,33 +165,55 @@ class Codec:
                 f"the value of task {self._task!r} takes {len(body)} bytes, more than max_value_size={self._cap}"
             )
         compression = "-"
-        if self._compression is not None:
-            body, compression = compress(body, self._compression)
-        return Packed(f"{content_type} {encoding or '-'} {compression}", body)
+        if self._compression is not None and len(body) >= self._compress_over:
+            if self._compression == _ZSTD:
+                body, compression = _zstandard().ZstdCompressor().compress(body), _ZSTD
+            else:
+                body, compression = compress(body, self._compression)
+        return Packed(f"{content_type}{self._mark} {encoding or '-'} {compression} ={quote(etag, safe='')}", body)
+
+    def repack(self, entry: Entry, etag: str) -> Packed:
+        """Return a stored value as it is, to be stored anew."""
+        return Packed(f"{entry.content_type} {entry.encoding} {entry.compression} ={quote(etag, safe='')}", entry.body)
 
     def unpack(self, entry: Entry) -> Any:
         """Decode a value's entry.
 
         Raises:
-            DecodeError: its content type is not accepted, or the payload is not what the header says.
+            DecodeError: its content type is not accepted, it is typed and should not be, or the other way round; or the
+                payload is not what the header says.
             ValueTooLarge: it exceeds `max_value_size`, compressed or not.
         """
-        if entry.content_type not in self._accept:
-            raise DecodeError(
-                f"a stored value of task {self._task!r} has content type {entry.content_type!r}; accepted are "
-                f"{', '.join(sorted(self._accept))}. Do web and worker set the same serializer?"
-            )
+        if entry.content_type not in self._marked:
+            raise self._foreign(entry.content_type)
+        content_type = entry.content_type.removesuffix(self._mark)
         body = entry.body
         if entry.compression != "-":
             body = _decompress(body, entry.compression, self._cap + 1, self._task)
         if len(body) > self._cap:
             raise ValueTooLarge(f"a stored value of task {self._task!r} exceeds max_value_size={self._cap}")
         try:
-            if entry.content_type == _JSON and _HOOKED not in body and _decoders.get(_JSON) is kombu_json.loads:
-                return json.loads(body.decode("utf-8"))  # the same, and three times as fast
-            return serialization.loads(body, entry.content_type, entry.encoding.replace("-", ""), accept=self._accept)
+            if content_type == _JSON and _HOOKED not in body and _decoders.get(_JSON) is kombu_json.loads:
+                value = json.loads(body.decode("utf-8"))  # the same, and three times as fast
+            else:
+                encoding = entry.encoding.replace("-", "")
+                value = serialization.loads(body, content_type, encoding, accept=self._accept)
+            return value if self._shape is None else self._shape.value(value)
         except Exception as error:
             raise DecodeError(f"a stored value of task {self._task!r} cannot be decoded: {error}") from error
+
+    def _foreign(self, content_type: str) -> DecodeError:
+        there = content_type.endswith(_TYPED)
+        if there != self.typed and content_type.removesuffix(_TYPED) in self._accept:
+            found, expected = ("typed", "plain data") if there else ("plain data", "a typed one")
+            return DecodeError(
+                f"a stored value of task {self._task!r} is {found}, and {expected} is expected here: the task must set "
+                f"the same typed (and a client the same of) in all processes, web and worker"
+            )
+        return DecodeError(
+            f"a stored value of task {self._task!r} has content type {content_type!r}; accepted are "
+            f"{', '.join(sorted(self._accept))}. Do web and worker set the same serializer?"
+        )
 
 
 def check_formats(options: Options) -> None:
@@ -180,6 +232,8 @@ def check_formats(options: Options) -> None:
     if options.compression is not None and options.compression not in _COMPRESSIONS:
         known = ", ".join(sorted(_COMPRESSIONS))
         raise OptionError(f"memolock option compression={options.compression!r} is unknown; known: {known}, or None")
+    if options.compression is not None and _COMPRESSIONS[options.compression] == _ZSTD:
+        _zstandard()
 
 
 def _content_types(names: tuple[str, ...]) -> frozenset[str]:
@@ -188,12 +242,45 @@ def _content_types(names: tuple[str, ...]) -> frozenset[str]:
 
 
 # kombu unpacks without a limit (48 kB can become 50 MB), so unpacking is ours.
-_COMPRESSIONS = {"gzip": "application/x-gzip", "bzip2": "application/x-bz2", "lzma": "application/x-lzma"}
-_UNPACKERS: dict[str, Callable[[], Any]] = {
-    "application/x-gzip": zlib.decompressobj,
-    "application/x-bz2": bz2.BZ2Decompressor,
-    "application/x-lzma": lzma.LZMADecompressor,
+_GZIP, _BZIP2, _LZMA, _ZSTD = "application/x-gzip", "application/x-bz2", "application/x-lzma", "application/zstd"
+#: By the names that kombu has for them.
+_COMPRESSIONS = {
+    "gzip": _GZIP,
+    "zlib": _GZIP,
+    "bzip2": _BZIP2,
+    "bzip": _BZIP2,
+    "lzma": _LZMA,
+    "xz": _LZMA,
+    "zstd": _ZSTD,
+    "zstandard": _ZSTD,
 }
+_UNPACKERS: dict[str, Callable[[], Any]] = {
+    _ZSTD: lambda: _Unzstd(),
+    _GZIP: zlib.decompressobj,
+    _BZIP2: bz2.BZ2Decompressor,
+    _LZMA: lzma.LZMADecompressor,
+}
+
+
+def _zstandard() -> Any:
+    try:
+        return importlib.import_module("zstandard")
+    except ImportError:
+        raise OptionError("memolock option compression='zstd': pip install 'celery-memolock[zstd]'") from None
+
+
+class _Unzstd:
+    """Unpacks zstd as the others are unpacked: no more than was asked for."""
+
+    def __init__(self) -> None:
+        self.eof = False
+
+    def decompress(self, data: bytes, most: int) -> bytes:
+        unpacked: bytes = _zstandard().ZstdDecompressor().stream_reader(data).read(most)
+        if len(unpacked) < most:
+            # A reader ends without a word where data are cut short; a frame knows its size.
+            self.eof = _zstandard().frame_content_size(data) == len(unpacked)
+        return unpacked
 
 
 def _decompress(data: bytes, compression: str, most: int, task: str) -> bytes:
@@ -227,7 +314,7 @@ def pack_error(error: BaseException) -> Packed:
     except Exception:  # an argument that is no plain data, or too much of it: the text must do
         record["args"] = None
         _, _, body = serialization.dumps(record, serializer="json")
-    return Packed("application/json utf-8 -", body.encode("utf-8") if isinstance(body, str) else body)
+    return Packed("application/json utf-8 - =", body.encode("utf-8") if isinstance(body, str) else body)
 
 
 def unpack_error(entry: Entry) -> Exception:

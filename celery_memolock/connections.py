@@ -45,6 +45,7 @@ class Connections:
         self._returned = threading.Condition()
         self._made = 0
         self._hungry = 0
+        self._closed = False
         self.pack: Callable[..., Packed] = self._make().pack_command
 
     def ask(self, packed: Packed, replies: int, patience: float | None = None) -> list[Any]:
@@ -79,13 +80,16 @@ class Connections:
                 self._returned.notify()
             raise
         self._idle.append(link)
+        if self._closed:
+            self.close()
         if self._hungry:
             with self._returned:
                 self._returned.notify()
         return answers
 
     def close(self) -> None:
-        """Close those that are not in use."""
+        """Close those that are not in use, and each of the others after its use."""
+        self._closed = True
         while self._idle:
             self._idle.pop().disconnect()
             self._made -= 1

@@ -10,6 +10,7 @@ __all__ = [
     "EncodeError",
     "FlightFailed",
     "MemoLockError",
+    "NothingStale",
     "OptionError",
     "ReentrantFlight",
     "RemoteTraceback",
@@ -73,9 +74,13 @@ class ReentrantFlight(MemoLockError, RuntimeError):
 class FlightFailed(MemoLockError):
     """A flight ended without a value and without an exception of the task itself.
 
-    It was ignored or rejected by the task, is not registered on the worker, was revoked, or crashed its
-    workers too often. The message says which.
+    It was ignored or rejected by the task, is not registered on the worker, was revoked, crashed its workers too often,
+    was handed out too often without being settled, or ended by a cancellation in its own code. The message says which.
     """
+
+
+class NothingStale(MemoLockError, LookupError):
+    """A task answered `not_modified` where no value is stored that could still hold."""
 
 
 class TaskFailed(MemoLockError):

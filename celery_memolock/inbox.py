@@ -11,9 +11,13 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+import hiredis
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from .keys import inbox_channel
 from .rooms import Rooms
@@ -24,7 +28,13 @@ __all__ = ["Inbox"]
 logger = logging.getLogger("celery_memolock")
 
 _QUIET: Final = 15.0  # seconds without a word after which the link has to prove that it is alive
+_SHORTEST_BACKOFF: Final = 0.05
 _LONGEST_BACKOFF: Final = 2.0
+
+#: Seconds that the listener sleeps at most just after a time to look was set: less than until the next one is due, as a
+#: rule, so that not each of many misses has to wake it.
+_DOZE: Final = 0.5
+_NOT_YET: Final = object()
 
 
 class Inbox:
@@ -34,52 +44,76 @@ class Inbox:
     looks by itself when its room's time has come, and after a lost link all look again.
 
     Args:
-        client: its connections and their time-outs are used.
+        pool: the client's, for the class and the settings of its connections.
         prefix: the first part of the channel's name.
     """
 
-    def __init__(self, client: Any, prefix: str) -> None:
+    def __init__(self, pool: Any, prefix: str) -> None:
         self.channel = inbox_channel(prefix, secrets.token_hex(8))
-        self.rooms = Rooms(random.random, self._alarm)
-        self._client = client
+        self.rooms = Rooms(random.random, self._alarm, time.monotonic)
+        settings = {**pool.connection_kwargs, "protocol": 2, "retry": Retry(NoBackoff(), 0)}
+        self._make: Callable[[], Any] = lambda: pool.connection_class(**settings)
+        self._backoff = _SHORTEST_BACKOFF
         self._ready = threading.Event()
+        self._trouble: Exception | None = None
         self._start = threading.Lock()
+        self._expectant: set[Callable[[], Any]] = set()
         self._thread: threading.Thread | None = None
         self._closed = False
         self._asleep_until = 0.0
+        self._alarmed = False
         self._wake, self._woken = socket.socketpair()
         for end in (self._wake, self._woken):
             end.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._woken, selectors.EVENT_READ)
 
     @property
     def listening(self) -> bool:
         """Whether notices can arrive right now."""
         return self._ready.is_set()
 
-    def listen(self, timeout: float) -> bool:
-        """Return True as soon as the server has acknowledged the subscription, False after `timeout` seconds."""
-        if self._ready.is_set():
-            return True
+    @property
+    def trouble(self) -> Exception | None:
+        """Why notices cannot arrive, if that is known: a `redis.ResponseError` if the server refuses to send any."""
+        return self._trouble
+
+    @contextlib.contextmanager
+    def expecting(self, tell: Callable[[], Any]) -> Iterator[None]:
+        """Listen from now on, and `tell`, from any thread, when notices can arrive, or are refused.
+
+        To subscribe is tried again and again. So it may be told at any time, more than once, or never.
+        """
         with self._start:
+            self._expectant.add(tell)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="memolock-inbox", daemon=True)
                 self._thread.start()
-        return self._ready.wait(timeout)
+        if self.listening or isinstance(self._trouble, redis.ResponseError):
+            tell()
+        try:
+            yield
+        finally:
+            with self._start:
+                self._expectant.discard(tell)
 
-    def close(self) -> None:
-        """Stop listening, for good."""
+    def close(self, wait: bool = True) -> None:
+        """Stop listening, for good, and wait until the thread has ended."""
         self._closed = True
         self._ring_listener()
-        if self._thread not in (None, threading.current_thread()):
+        if self._thread is None:
+            self.abandon()
+        elif wait and self._thread is not threading.current_thread():
             self._thread.join()
-        self.abandon()
 
     def abandon(self) -> None:
-        """Close what a forked child inherited, where no thread runs any more."""
+        """Close what a listener that has ended needs no more, or a forked child has inherited, where none runs."""
+        self._selector.close()
         self._wake.close()
         self._woken.close()
 
     def _alarm(self, due: float) -> None:
+        self._alarmed = True
         if due < self._asleep_until:
             self._ring_listener()
 
@@ -88,67 +122,103 @@ class Inbox:
             self._wake.send(b"!")
 
     def _run(self) -> None:
-        backoff = 0.05
         while not self._closed:
-            pubsub = self._client.pubsub()
             try:
-                pubsub.subscribe(self.channel)
-                backoff = 0.05 if self._attend(pubsub) else backoff
-            except (redis.RedisError, OSError) as error:
+                self._attend()
+            except (redis.RedisError, OSError, hiredis.ProtocolError) as error:
                 logger.debug("memolock inbox lost its link: %s", type(error).__name__)
-            except Exception:
+                self._trouble = error
+            except Exception as error:
                 logger.exception("memolock inbox failed and starts anew")
+                self._trouble = error
             finally:
                 self._ready.clear()
-                with contextlib.suppress(Exception):
-                    pubsub.close()
+            if isinstance(self._trouble, redis.ResponseError):
+                self._tell()
             if not self._closed:
-                pause = backoff * (0.5 + random.random())
-                self._sleep(None, time.monotonic() + pause)
+                self._sleep(time.monotonic() + self._backoff * (0.5 + random.random()))
                 # Without a link too: the server may be there, and only this connection refused.
                 self.rooms.tick(time.monotonic())
-                backoff = min(2 * backoff, _LONGEST_BACKOFF)
+                self._backoff = min(2 * self._backoff, _LONGEST_BACKOFF)
+        self.abandon()
 
-    def _attend(self, pubsub: Any) -> bool:
+    def _attend(self) -> None:
         """Listen until closed. Raises when the link is lost."""
+        link = self._make()
+        link.connect()
+        try:
+            link.send_command("SUBSCRIBE", self.channel)
+            # From here on the socket is ours: the client library's own listening takes twice as long.
+            sock = link._sock
+            self._selector.register(sock, selectors.EVENT_READ)
+            try:
+                self._hear(link, sock)
+            finally:
+                self._selector.unregister(sock)
+        finally:
+            link.disconnect()
+
+    def _hear(self, link: Any, sock: Any) -> None:
+        messages = hiredis.Reader(notEnoughData=_NOT_YET)
         heard = time.monotonic()
         asked = False
         while not self._closed:
-            while (message := pubsub.get_message(timeout=0)) is not None:
-                heard, asked = time.monotonic(), False
-                self._handle(message)
             now = time.monotonic()
             if now - heard > _QUIET:
                 if asked or not self._ready.is_set():
                     raise redis.TimeoutError("no answer on the inbox's link")
-                pubsub.ping()
+                link.send_command("PING")
                 heard, asked = now, True
             self._asleep_until = math.inf  # from here on an alarm rings
             due = self.rooms.tick(now)
-            self._sleep(pubsub.connection, heard + _QUIET if due is None else min(due, heard + _QUIET))
-        return True
+            if due is None and self._alarmed:
+                due = now + _DOZE
+                self._alarmed = False
+            if not self._sleep(heard + _QUIET if due is None else min(due, heard + _QUIET)):
+                continue
+            data = sock.recv(65536)
+            while data and hasattr(sock, "pending") and sock.pending():  # TLS hides what it has read from a selector
+                data += sock.recv(65536)
+            if not data:
+                raise redis.ConnectionError("closed by the server")
+            heard, asked = time.monotonic(), False
+            messages.feed(data)
+            while (message := messages.gets()) is not _NOT_YET:
+                self._handle(message)
 
-    def _handle(self, message: dict[str, Any]) -> None:
-        if message["type"] == "subscribe":
-            # The first time, or again after the client library has silently connected anew: what was
-            # published meanwhile is lost.
-            self._ready.set()
-            self.rooms.ring_all()
-        elif message["type"] == "message":
-            notice = parse_notice(message["data"])
-            if notice is not None:
-                self.rooms.notice(*notice)
+    def _handle(self, message: Any) -> None:
+        match message:
+            case [b"message", _, bytes(data)]:
+                notice = parse_notice(data)
+                if notice is not None and notice[1].startswith(b"P"):
+                    self.rooms.progressed(notice[0], notice[1][1:])
+                elif notice is not None:
+                    self.rooms.notice(*notice)
+            case [b"subscribe", _, _]:
+                self._backoff = _SHORTEST_BACKOFF
+                self._trouble = None
+                self._ready.set()
+                self._tell()
+                self.rooms.ring_all()  # what was published before, over an earlier link, may be lost
+            case hiredis.ReplyError():
+                raise redis.ResponseError(str(message))
 
-    def _sleep(self, connection: Any, until: float) -> None:
-        """Sleep until the link has something to read, a room's time is set anew, or the time has come."""
+    def _tell(self) -> None:
+        with self._start:
+            for tell in self._expectant:
+                tell()
+
+    def _sleep(self, until: float) -> bool:
+        """Sleep until a room's time is set anew, the time has come, or the link has something to read: True."""
         self._asleep_until = until
-        link = getattr(connection, "_sock", None)
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._woken, selectors.EVENT_READ)
-            if link is not None:
-                selector.register(link, selectors.EVENT_READ)
-            selector.select(max(0.0, until - time.monotonic()))
+        found = self._selector.select(max(0.0, until - time.monotonic()))
         self._asleep_until = 0.0
-        with contextlib.suppress(BlockingIOError):
-            while self._woken.recv(64):
-                pass
+        readable = False
+        for key, _ in found:
+            if key.fileobj is self._woken:
+                with contextlib.suppress(BlockingIOError):
+                    while self._woken.recv(64):
+                        pass
+            else:
+                readable = True
+        return readable

@@ -6,8 +6,9 @@ default are one key. Values of different types never are: `1`, `1.0`, `True` and
 
 from __future__ import annotations
 
+import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -21,7 +22,7 @@ from uuid import UUID
 from .errors import ArgumentError, OptionError
 from .options import Options
 
-__all__ = ["FORMAT", "KeyMaker", "Keys", "inbox_channel"]
+__all__ = ["FORMAT", "KeyMaker", "Keys", "TagKeys", "entry_prefix", "inbox_channel", "pattern"]
 
 #: The version of everything stored under our names. A new one makes all older names invisible.
 FORMAT = "1"
@@ -40,6 +41,12 @@ class Keys:
         """Name the keys of `tag`, which holds no braces."""
         return cls(f"{prefix}:{FORMAT}:e:{{{tag}}}")
 
+    @classmethod
+    def of_any(cls, name: str) -> Keys:
+        """Return the keys to which the name of an entry, a flight or an error record belongs."""
+        head, tail = name.split(":{", 1)
+        return cls(f"{head[:-1]}e:{{{tail}")
+
     @property
     def tag(self) -> str:
         """What is unique about this key: ``task:version:fingerprint``."""
@@ -52,6 +59,28 @@ class Keys:
         return self.entry, f"{head}:f:{{{tail}", f"{head}:x:{{{tail}", f"{head}:r:{{{tail}"
 
 
+@dataclass(frozen=True, slots=True)
+class TagKeys:
+    """The names of the indices of some tags."""
+
+    all: tuple[str, ...]
+
+    @classmethod
+    def of(cls, prefix: str, task: str, tags: Iterable[str]) -> TagKeys:
+        """Name the indices.
+
+        Raises:
+            ArgumentError: a tag is no text, or an empty one.
+        """
+        names = []
+        for tag in tags:
+            if not isinstance(tag, str) or not tag:
+                raise ArgumentError(f"task {task!r} has a tag {tag!r}; a tag must be a text that is not empty")
+            name = tag if len(tag) <= _LONGEST_READABLE and _NAMEABLE(tag) else _digest(tag)
+            names.append(f"{prefix}:{FORMAT}:t:{{{name}}}")
+        return cls(tuple(names))
+
+
 def inbox_channel(prefix: str, inbox: str) -> str:
     """Name the pub/sub channel of one process."""
     return f"{prefix}:{FORMAT}:i:{inbox}"
@@ -59,21 +88,33 @@ def inbox_channel(prefix: str, inbox: str) -> str:
 
 def entry_prefix(prefix: str, task: str) -> str:
     """Name what the names of all entries of a task begin with."""
-    return f"{prefix}:{FORMAT}:e:{{{task}:"
+    return f"{prefix}:{FORMAT}:e:{{{_quoted(task)}:"
+
+
+def pattern(prefix: str, task: str, kinds: str) -> str:
+    """Return the pattern of the names of all keys of a task that are of one of these kinds: e, f, x."""
+    escaped = [re.sub(r"([*?\[\]\\])", r"\\\1", part) for part in (prefix, _quoted(task))]
+    return f"{escaped[0]}:{FORMAT}:[{kinds}]:{{{escaped[1]}:*"
+
+
+def _quoted(task: str) -> str:
+    """Make a task's name one part of a key: a colon in it is none between two parts."""
+    return task.replace("%", "%25").replace(":", "%3A")
 
 
 class KeyMaker:
     """Makes the keys of one task's calls.
 
     Args:
-        task: the task's name, the first part of every tag.
+        task: the task's name, the first part of every tag; there its colons are quoted as "%3A", and "%" as "%25".
         signature: what the task takes (without `self`).
-        options: `key`, `ignore`, `prefix` and `version` are read.
+        options: `key`, `ignore`, `prefix` and `version` are read, and `refresh_calls` checked.
         check: called with a call's arguments when they do not fit; it may raise the `TypeError` that the
             call itself would raise.
 
     Raises:
-        OptionError: `key` or `ignore` names something that is no argument of the task.
+        OptionError: `key` or `ignore` names something that is no argument of the task, or one of `refresh_calls`
+            does not fit it.
     """
 
     def __init__(
@@ -86,7 +127,7 @@ class KeyMaker:
         if set(task) & set("{}"):
             raise OptionError(f"task name {task!r} has braces, which mark the hash tag of a Redis key")
         self._task = task
-        self._head = f"{task}:{options.version}:"
+        self._head = f"{_quoted(task)}:{options.version}:"
         self._signature = signature
         self._options = options
         self._check = check
@@ -105,6 +146,13 @@ class KeyMaker:
                 )
         if isinstance(options.key, str):
             _check_template(task, options.key, names)
+        for call in options.refresh_calls if options.refresh_every is not None else ():
+            try:
+                signature.bind(*call)
+            except TypeError as error:
+                raise OptionError(
+                    f"memolock option refresh_calls of task {task!r}: the arguments {call!r} do not fit it: {error}"
+                ) from None
 
     def keys(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Keys:
         """Return the keys of a call.
@@ -113,10 +161,14 @@ class KeyMaker:
             TypeError: the arguments do not fit the task.
             ArgumentError: an argument cannot become part of a key.
         """
-        if not kwargs and self._remembers and all(type(value) in _ATOMS and _short(value) for value in args):
-            found: Keys = self._remembered(*args)
-            return found
-        return self._keys(args, kwargs)
+        if kwargs or not self._remembers:
+            return self._keys(args, kwargs)
+        for value in args:  # a loop, as a generator takes longer than the rest
+            kind = type(value)
+            if kind not in _ATOMS or (kind is str and len(value) > _LONGEST_REMEMBERED):
+                return self._keys(args, kwargs)
+        found: Keys = self._remembered(*args)
+        return found
 
     def _keys(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Keys:
         if self._plain is not None and len(args) == len(self._plain) and not kwargs:
@@ -158,8 +210,11 @@ class KeyMaker:
     def _custom(self, key: object) -> str:
         if not isinstance(key, str) or not key:
             raise ArgumentError(f"key= of task {self._task!r} gave {key!r}; it must give a text that is not empty")
-        if set(key) & set("{}"):
-            raise ArgumentError(f"key= of task {self._task!r} gave {key!r}; braces are refused, they mark the hash tag")
+        if not _NAMEABLE(key):
+            raise ArgumentError(
+                f"key= of task {self._task!r} gave {key!r}; braces are refused, they mark the hash tag, and so is half "
+                f"of a character (a lone surrogate), which cannot be sent"
+            )
         return key if len(key) <= _LONGEST_READABLE else _digest(key)
 
 
@@ -167,8 +222,12 @@ class KeyMaker:
 _ATOMS = frozenset([str, int, bool, type(None)])
 
 
-def _short(value: Any) -> bool:
-    return type(value) is not str or len(value) <= 200
+#: Half of a character of two cannot be sent, and braces mark the hash tag.
+_NAMEABLE = re.compile(r"[^{}\ud800-\udfff]*").fullmatch
+
+
+#: Longer texts as arguments are not kept in memory.
+_LONGEST_REMEMBERED = 200
 
 
 def _digest(text: str) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+from weakref import WeakKeyDictionary
 
 import hiredis
 import redis
@@ -17,7 +20,9 @@ from redis.exceptions import NoScriptError
 
 from .connections import Packed
 
-__all__ = ["Pipe", "retrieve"]
+__all__ = ["Pipe", "orphans", "retrieve"]
+
+T = TypeVar("T")
 
 #: The asyncio twin of each of the client's connections.
 _TWINS: Final[dict[type, type]] = {
@@ -58,6 +63,7 @@ class Pipe:
         self._due: dict[str, list[asyncio.Future[Any]]] = {}
         self._link: _Link | None = None
         self._connecting: asyncio.Task[_Link] | None = None
+        self._closed = False
 
     async def ask(self, packed: Packed, replies: int, patience: float | None = None) -> list[Any]:
         """Send commands, and return their replies; see `Connections.ask`, which does the same for threads.
@@ -65,13 +71,15 @@ class Pipe:
         Raises:
             redis.TimeoutError, redis.ConnectionError, OSError: the server did not answer.
         """
-        patience = self._timeout if patience is None else min(patience, self._timeout)
+        if patience is None:
+            patience = math.inf
         link = self._link
-        if link is not None and link.alive:
-            try:
-                return await link.ask(packed, replies, patience)
-            except redis.ConnectionError:
-                pass  # it was closed, or the reply lost: a command may be run twice, so once more
+        if link is None or not link.alive:
+            link = await self._connect(patience)
+        try:
+            return await link.ask(packed, replies, patience)
+        except redis.ConnectionError:
+            pass  # it was closed, or the reply lost: a command may be run twice, so once more
         link = await self._connect(patience)
         return await link.ask(packed, replies, patience)
 
@@ -128,14 +136,15 @@ class Pipe:
                 caller.set_exception(type(error)(*error.args))  # one for each: they would share its traceback
 
     def close(self) -> None:
-        """Close the connection. Call it in the loop's own thread."""
+        """Close the connection, for good. Call it in the loop's own thread, unless the loop is closed."""
+        self._closed = True
         if self._link is not None:
             self._link.fail(redis.ConnectionError("the connection was closed"))
 
     async def _connect(self, patience: float) -> _Link:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + patience
-        while True:
+        deadline = loop.time() + min(patience, self._timeout)
+        while not self._closed:
             if self._link is not None and self._link.alive:
                 return self._link
             begun = self._connecting
@@ -152,6 +161,7 @@ class Pipe:
             if begun is None or connecting.exception() is None:
                 return connecting.result()
             # What somebody else had begun failed; that may have been long ago.
+        raise redis.ConnectionError("the connection was closed")
 
     async def _open(self) -> _Link:
         connection: Any = self._kind(**self._settings)
@@ -161,7 +171,15 @@ class Pipe:
             await connection.disconnect(nowait=True)
             raise
         self._link = _Link(connection, self._timeout)
+        if self._closed:
+            self.close()
         return self._link
+
+
+def orphans(known: WeakKeyDictionary[asyncio.AbstractEventLoop, T]) -> list[T]:
+    """Take out what loops have left that are closed. It may refer to its loop, and then would keep it for ever."""
+    closed = [loop for each in known.keyrefs() if (loop := each()) is not None and loop.is_closed()]
+    return [left for loop in closed if (left := known.pop(loop, None)) is not None]
 
 
 def _late(future: asyncio.Future[Any]) -> None:
@@ -176,66 +194,86 @@ def retrieve(task: asyncio.Future[Any]) -> None:
 
 
 class _Asked:
-    """Commands on their way: what is still to come, and who waits for it."""
+    """Commands on their way: what is still to come, who waits for it, since when and until when."""
 
-    __slots__ = ("answers", "future", "replies", "since")
+    __slots__ = ("answers", "future", "replies", "since", "timer", "until")
 
-    def __init__(self, replies: int, future: asyncio.Future[list[Any]], since: float) -> None:
+    timer: asyncio.TimerHandle
+
+    def __init__(self, replies: int, future: asyncio.Future[list[Any]], since: float, until: float) -> None:
         self.answers: list[Any] = []
         self.replies = replies
         self.future = future
         self.since = since
+        self.until = until
 
 
 class _Link(asyncio.Protocol):
-    """An open connection. It parses what arrives at once, in the loop's callback: no task stands between."""
+    """An open connection. It parses what arrives at once, in the loop's callback: no task stands between.
+
+    It is given up when replies are due and not a byte has come for `timeout` seconds. A large reply may take longer.
+    """
 
     def __init__(self, connection: Any, timeout: float) -> None:
         self.alive = True
+        self._heard = 0.0
         self._connection = connection
         self._timeout = timeout
         self._asked: deque[_Asked] = deque()
         self._replies = hiredis.Reader(notEnoughData=_NOT_YET)
         self._loop = asyncio.get_running_loop()
-        self._writable = asyncio.Event()
-        self._writable.set()
         # The client library has connected, logged in and chosen the database; from here on the socket is ours.
         self._transport: asyncio.WriteTransport = connection._writer.transport
         self._transport.set_protocol(self)
         # Nothing else would close the connection when `asyncio.run` ends.
         self._keeper = self._loop.create_task(self._keep())
+        # Some close a loop without ending its tasks.
+        self._keeper._log_destroy_pending = False  # type: ignore[attr-defined]
 
     async def ask(self, packed: Packed, replies: int, patience: float) -> list[Any]:
         if not self.alive:
             raise redis.ConnectionError("the connection was lost")
         now = self._loop.time()
-        asked = _Asked(replies, self._loop.create_future(), now)
+        if self._asked and now >= self._given_up_at():  # who waited so long was cancelled, and nobody has noticed
+            self.fail(redis.TimeoutError("no reply in time"))
+            raise redis.ConnectionError("the connection was lost")
+        asked = _Asked(replies, self._loop.create_future(), now, now + patience)
         self._asked.append(asked)
         self._transport.write(packed[0] if len(packed) == 1 else b"".join(packed))
-        timer = self._loop.call_at(now + patience, self._too_late, asked)
+        asked.timer = self._loop.call_at(now + min(patience, self._timeout), self._check, asked)
         try:
-            if not self._writable.is_set():
-                await self._writable.wait()
             return await asked.future
         finally:
-            timer.cancel()
+            asked.timer.cancel()
 
     def fail(self, error: Exception) -> None:
         """Give up the connection; whoever waits for a reply gets the error."""
         self.alive = False
-        self._keeper.cancel()
-        self._writable.set()
-        self._transport.close()
+        closed = self._loop.is_closed()
+        if closed:
+            self._close_socket()
+        else:
+            self._keeper.cancel()
+            self._transport.abort()  # what was not sent must not be: whoever asked for it has been told that it failed
         self._connection._writer = self._connection._reader = None  # or it would complain that it was not closed
-        while self._asked:
+        while self._asked and not closed:
             future = self._asked.popleft().future
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # nobody may be left to ask for it
 
-    # ---- what the loop calls
+    def _close_socket(self) -> None:
+        """Close the connection of a closed loop, which calls nothing any more: nobody can be told."""
+        with contextlib.suppress(RuntimeError):
+            self._transport.abort()
+        raw = getattr(self._transport.get_extra_info("socket"), "_sock", None)  # uvloop has closed it
+        if raw is not None:
+            raw.close()
+
+    # ---- what the loop calls. Not `pause_writing`: whoever has written waits for the reply, and only for so long.
 
     def data_received(self, data: bytes) -> None:
+        self._heard = self._loop.time()
         self._replies.feed(data)
         try:
             while (answer := self._replies.gets()) is not _NOT_YET:
@@ -245,12 +283,6 @@ class _Link(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.fail(redis.ConnectionError(f"the connection was lost: {exc or 'closed by the server'}"))
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
 
     def _take(self, answer: Any) -> None:
         if not self._asked or isinstance(answer, hiredis.PushNotification):
@@ -262,11 +294,20 @@ class _Link(asyncio.Protocol):
             if not asked.future.done():
                 asked.future.set_result(asked.answers)
 
-    def _too_late(self, asked: _Asked) -> None:
-        _late(asked.future)
-        # Replies come in order, so the first to wait tells how long the server has been silent.
-        if self._asked and self._loop.time() - self._asked[0].since >= self._timeout * 0.99:
+    def _check(self, asked: _Asked) -> None:
+        if asked.future.done():
+            return
+        now, enough = self._loop.time(), self._given_up_at()
+        if now >= enough:
             self.fail(redis.TimeoutError("no reply in time"))
+        elif now >= asked.until:
+            _late(asked.future)
+        else:
+            asked.timer = self._loop.call_at(min(enough, asked.until), self._check, asked)
+
+    def _given_up_at(self) -> float:
+        # Replies come in order, so the first to wait tells how long the server has been silent.
+        return max(self._heard, self._asked[0].since) + self._timeout
 
     async def _keep(self) -> None:
         try:

@@ -8,59 +8,78 @@ differ only in how.
 from __future__ import annotations
 
 import math
+import random
 import secrets
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
+from .clock import Clock
 from .codec import Codec, Entry, Packed, fence_of, pack_error, unpack_error
 from .errors import (
+    ArgumentError,
     DecodeError,
+    DispatchError,
     EncodeError,
     FlightFailed,
     MemoLockError,
+    OptionError,
     ReentrantFlight,
     StoreUnavailable,
     ValueTooLarge,
     WaitTimeout,
 )
-from .keys import Keys
+from .keys import Keys, TagKeys, pattern
 from .local import Local
-from .options import Options
-from .rooms import Broken, Place, Rooms, Seat, Settled
+from .options import Options, Progress
+from .rooms import Broken, Place, Progressed, Rooms, Seat, Settled
 
 __all__ = [
+    "EARLY",
     "MISS",
     "Acquire",
+    "Aside",
     "Body",
+    "CachedEntry",
     "Call",
     "Claim",
+    "Computing",
     "Confirm",
     "Defer",
     "Disown",
     "Dispatch",
     "Done",
+    "Expire",
     "Finished",
     "Get",
     "GetAll",
     "GoesOn",
     "Hold",
+    "Index",
+    "Interrupted",
     "Invalidate",
     "Leave",
     "Listen",
+    "Members",
     "Missing",
+    "Onward",
+    "Own",
     "Pause",
     "Put",
+    "Query",
     "Raised",
     "Release",
     "Renew",
+    "Report",
     "Requeue",
     "Returned",
     "Run",
     "RunAll",
+    "Scan",
     "Script",
+    "ServerTime",
     "Settle",
     "Skip",
     "TakeSeat",
@@ -71,11 +90,15 @@ __all__ = [
     "Wait",
     "WaitForAny",
     "Waiting",
+    "Withdraw",
     "Won",
     "compute",
     "drive",
+    "expire",
     "fetch",
     "invalidate",
+    "invalidate_all",
+    "invalidate_tag",
     "new_nonce",
     "peek",
     "put",
@@ -83,6 +106,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+R = TypeVar("R")
 Core = Generator[Any, Any, T]
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -106,6 +130,16 @@ MISS: Final = Missing.MISS
 
 UNCLAIMED: Final = ("P", "Q")
 
+#: Seconds that the last look before a stale value is served on an error may take.
+LAST_LOOK: Final = 0.25
+
+#: Options with which a call neither takes what is kept in its process nor keeps it there: other calls of the task would
+#: have it refreshed at another moment.
+EARLY: Final = frozenset(("beta", "early_refresh"))
+
+#: Seconds that an index names an entry for beyond the time that is reckoned with.
+INDEX_GRACE: Final = 60.0
+
 #: Seconds that the broker is given at least, however soon the caller that won the flight gives up.
 LEAST_DISPATCH: Final = 1.0
 
@@ -115,7 +149,32 @@ def new_nonce() -> str:
     return secrets.token_hex(8)
 
 
+@dataclass(frozen=True, slots=True)
+class Onward:
+    """What a core returns that ends with another one: who drives it goes on with that one.
+
+    So nobody keeps for thousands of waiters what their first look needed.
+    """
+
+    core: Core[Any]
+
+
 # ---- records ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class Computing:
+    """A key that is being computed where a call is made.
+
+    Attributes:
+        entry: of the key.
+        place: the server that keeps it, where its callers compute it; else "", as it may be spelt in several ways.
+        over: whether that has ended. Whoever it started, and who goes on, is not part of it any more.
+    """
+
+    entry: str
+    place: str = ""
+    over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +183,15 @@ class Call:
 
     Attributes:
         inline: asked on a miss: is the value to be computed in this very caller if nobody has begun to?
-        chain: the entries that are being computed where the call was made, outermost first.
+        chain: what is being computed where the call was made, outermost first.
         overrides: the options that this call set, which its flight takes along.
         arguments: positional and by name; the core only hands them on.
         local: where values are kept in this process, if they are.
+        eager: asked where nobody waits: is there no worker, so that all is computed in its caller?
+        described: whether the value is wanted as a `CachedEntry`.
+        holder: asked on a miss: what names this process where an inline winner may claim its flight as it acquires it;
+            else "".
+        place: asked within a chain: as in `Computing`.
     """
 
     task: str
@@ -135,10 +199,14 @@ class Call:
     options: Options
     codec: Codec
     inline: Callable[[], bool] = bool
-    chain: tuple[str, ...] = ()
+    chain: tuple[Computing, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
     arguments: Arguments = ((), {})
     local: Local | None = None
+    eager: Callable[[], bool] = bool
+    described: bool = False
+    holder: Callable[[], str] = str
+    place: Callable[[], str] = str
 
     @property
     def park(self) -> float:
@@ -146,19 +214,88 @@ class Call:
         return max(30.0, 3 * self.options.max_poll_interval)
 
     @property
-    def fleeting(self) -> bool:
-        """Whether a value may be gone before a waiter whose notice got lost looks by itself."""
-        return self.options.ttl < self.options.max_poll_interval
+    def tags(self) -> TagKeys | None:
+        """The indices that the call's value is to be found in.
+
+        Raises:
+            ArgumentError: the function `tags` failed, or gave something else than names.
+        """
+        tags = self.options.tags
+        if callable(tags):
+            args, kwargs = self.arguments
+            try:
+                names: Iterable[str] = tags(*args, **kwargs)
+                tags = (names,) if isinstance(names, str) else tuple(names)
+            except Exception as error:
+                raise ArgumentError(f"the function tags of task {self.task!r} failed: {error}") from error
+        return TagKeys.of(self.options.prefix, self.task, tags) if tags else None
+
+    def refuse_to_wait_for_itself(self) -> None:
+        """Find out whether the call is part of the computing of its own key.
+
+        Raises:
+            ReentrantFlight: it is.
+        """
+        entry, place = self.keys.entry, self.place()
+        chain = [each for each in self.chain if not each.over]
+        if any(each.entry == entry and (each.place == place or "" in (each.place, place)) for each in chain):
+            raise ReentrantFlight(
+                f"task {self.task!r} asked for key {self.keys.tag!r} while computing it; the chain is: "
+                + " -> ".join(Keys(each).tag for each in (*(each.entry for each in chain), entry))
+            )
+
+    def check(self) -> None:
+        """Find out before a flight begins what else only its worker would.
+
+        Raises:
+            ArgumentError: as for `tags`.
+        """
+        _ = self.tags
+
+
+@dataclass(frozen=True, slots=True)
+class CachedEntry(Generic[R]):
+    """A value, and what is known of it.
+
+    Attributes:
+        value: as `get_cached` returns it.
+        state: "fresh"; "stale": it is past its ttl, and a refresh is on its way; "error": it is past its ttl, and a
+            fresh one could not be had.
+        source: "local": kept in this process; "store": from Redis; "flight": this call waited for it.
+        age: seconds since it was stored; None if that is not known, as Redis is away.
+        fence: of the flight, or of `set_cached`, that stored it; the same fence means the same value.
+        error: why there is no fresh one, in state "error".
+    """
+
+    value: R
+    state: Literal["fresh", "stale", "error"]
+    source: Literal["local", "store", "flight"]
+    age: float | None
+    fence: str
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Reply of `Claim`: run it. The same attempt of the same fence never runs twice."""
+
+    fence: str
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """What travels with a flight's message: which flight it is for, and how the winner wants it run."""
+    """What travels with a flight's message: which flight it is for, and how the winner wants it run.
+
+    Attributes:
+        run: the attempt that its winner has claimed already, to run it in its own process; it never travels.
+    """
 
     keys: Keys
     fence: str
-    chain: tuple[str, ...]
+    chain: tuple[Computing, ...]
     overrides: Mapping[str, Any]
+    run: Run | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,28 +307,24 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Reply of `Acquire`: somebody computes it. Times in seconds."""
+    """Reply of `Acquire`: somebody computes it. Times in seconds; now is the server's, in microseconds."""
 
     fence: str
     lease_left: float
     state: str
     since: float
+    now: int = 0
+    progress: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Won:
-    """Reply of `Acquire`: the caller has to dispatch this flight."""
+    """Reply of `Acquire`: the caller has to dispatch this flight, or to run the attempt that it claimed in one step."""
 
     fence: str
     lease: float
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Reply of `Claim`: run it. The same attempt of the same fence never runs twice."""
-
-    fence: str
-    attempt: int
+    now: int = 0
+    run: Run | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +348,7 @@ class Script:
     """An effect that is one atomic script on the server. Raises `StoreUnavailable` when it cannot run."""
 
     __slots__ = ()
-    keys: Keys
+    keys: Any  # `Keys`, or `TagKeys` of an index: the names in its `all` are the script's KEYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +385,8 @@ class Acquire(Script):
     Attributes:
         register: sequence of the registration that is made; None if the caller will not wait.
         wanted: for how many more seconds the caller is ready to wait.
+        since: when the same call looked first, if it did, in mode "force"; else 0.
+        holder: who will run it, if the winner claims it in the same step; else "".
     """
 
     keys: Keys
@@ -264,6 +399,17 @@ class Acquire(Script):
     wanted: float
     park: float
     crashed: Packed
+    since: int = 0
+    holder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw(Script):
+    """The reply to an `Acquire` will not be learned: nobody would run what it won."""
+
+    keys: Keys
+    nonce: str
+    park: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,11 +438,30 @@ class Claim(Script):
 
 @dataclass(frozen=True, slots=True)
 class Renew(Script):
-    """A sign of life of a run → "CONTINUE", "DETACHED" or "LOST"."""
+    """A sign of life of a run → "CONTINUE", "DETACHED" or "LOST".
+
+    Attributes:
+        external: whether the run is handed out now, for another process to settle.
+    """
 
     keys: Keys
     run: Run
     lease: float
+    external: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Report(Script):
+    """A run tells those who wait how far it is → whether the flight is still its own.
+
+    Attributes:
+        number: of the run's reports; notices and replies overtake each other on their ways.
+    """
+
+    keys: Keys
+    run: Run
+    number: int
+    progress: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,13 +476,17 @@ class Requeue(Script):
 
 @dataclass(frozen=True, slots=True)
 class Settle(Script):
-    """A run, or with attempt 0 a failed dispatch, ends → "OK", "AGAIN", "DETACHED" or "REFUSED"."""
+    """A run, or with attempt 0 a failed dispatch, ends → "OK", "AGAIN", "DETACHED" or "REFUSED".
+
+    "AGAIN": a refresh was asked for meanwhile, and is for this worker to start.
+    """
 
     keys: Keys
     run: Run
     kind: Literal["V", "E"]
     outcome: Packed
     ttl: float
+    keep: float
     park: float
     fleeting: bool = False
 
@@ -327,6 +496,9 @@ class Disown(Script):
     """The worker's main process knows that a run, or with no holder a message, came to nothing → whether it mattered.
 
     With an outcome the flight fails for all; without one, those who wait may take over at once.
+
+    Attributes:
+        ttl: for how many seconds new callers get that outcome.
     """
 
     keys: Keys
@@ -334,6 +506,7 @@ class Disown(Script):
     holder: str
     outcome: Packed | None
     park: float
+    ttl: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,8 +517,26 @@ class Put(Script):
     nonce: str
     outcome: Packed
     ttl: float
+    keep: float
     park: float
     fleeting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Expire(Script):
+    """Let the value be stale from now on, and keep it so for so many seconds at the most → whether there was one."""
+
+    keys: Keys
+    keep: float
+
+
+@dataclass(frozen=True, slots=True)
+class Index(Script):
+    """Name an entry in the indices of its tags, for so many seconds."""
+
+    keys: TagKeys
+    entry: str
+    life: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +554,33 @@ class Leave(Script):
 
     keys: Keys
     place: Place
+
+
+class Query:
+    """An effect that is one command which only reads. Raises `StoreUnavailable` when it cannot run."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Members(Query):
+    """Read on in the index of a tag, from a cursor (first 0) → the next cursor (0: that was all), entries."""
+
+    keys: TagKeys
+    cursor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scan(Query):
+    """Look on for keys that fit a pattern, from a cursor (first 0) → the next cursor (0: that was all), keys."""
+
+    pattern: str
+    cursor: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTime(Query):
+    """Ask what time it is on the server → microseconds since 1970."""
 
 
 # ---- effects: this process -------------------------------------------------------------------------------------
@@ -405,12 +623,35 @@ class WaitForAny:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """Hand the flight's message to the queue, or run it here and now if the call is `inline`."""
+    """Hand the flight's message to the queue, or run it here and now if the call is `inline`.
+
+    An inline run's reply is what it came to, where that is this very caller's answer: the error that it raised, as the
+    caller's own; or the value, if it could not be brought to the server. It is `GoesOn` where the run has begun, and
+    the caller waits as others do. Else, and for a message, it is None.
+    """
 
     ticket: Ticket
     arguments: Arguments
     inline: bool
     timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Wait at most so many seconds for the end of an inline run that goes on → as `Dispatch`, or None.
+
+    What the caller's own run raised is better than what others are told of it.
+    """
+
+    run: Any
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """Drive a core beside the caller, who does not wait for it; what it raises is logged."""
+
+    core: Core[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,7 +680,7 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """Run the task's own code → `Returned`, `Raised` or `GoesOn`."""
+    """Run the task's own code → `Returned`, `Raised`, `Interrupted` or `GoesOn`."""
 
     run: Run
 
@@ -460,9 +701,18 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """Outcome of `Body`: a value."""
+    """Outcome of `Body`: a value.
+
+    Attributes:
+        ttl: what the task itself said, in seconds.
+        etag: what it named this version of the value.
+        unchanged: the stale entry, if the task found that its value still holds.
+    """
 
     value: Any
+    ttl: float | None = None
+    etag: str = ""
+    unchanged: Entry | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,8 +723,21 @@ class Raised:
 
 
 @dataclass(frozen=True, slots=True)
+class Interrupted:
+    """Outcome of `Body`: its own caller was interrupted in it, which is no failure: another may begin at once."""
+
+    by: BaseException
+
+
+@dataclass(frozen=True, slots=True)
 class GoesOn:
-    """Outcome of `Body`: the flight went back to the queue (a retry), and its waiters keep waiting."""
+    """Outcome of `Body`: the flight went back to the queue (a retry), and its waiters keep waiting.
+
+    Attributes:
+        run: as a reply of `Dispatch`, the inline run that goes on, for `Own`; its driver knows what that is.
+    """
+
+    run: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,7 +756,49 @@ class Finished:
 # ---- the caller ------------------------------------------------------------------------------------------------
 
 
-def fetch(call: Call, rooms: Rooms, clock: Callable[[], float]) -> Core[Any]:
+@dataclass(slots=True)
+class _Wish:
+    """What a waiting caller is content with: any fresh value, or one whose computing starts after its call.
+
+    Attributes:
+        own: what its own `on_progress` raised: an error of the caller, not of the flight.
+    """
+
+    mode: Literal["miss", "force"] = "miss"
+    seen: str = ""
+    since: int = 0
+    own: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    """What a look came to for the looker alone.
+
+    Attributes:
+        trouble: what kept it, and only it, from getting a reply in its time.
+        own: the outcome of the run that it did itself, where that is its answer.
+        busy: seconds that it did so, and did not wait.
+    """
+
+    trouble: StoreUnavailable | None = None
+    own: Returned | Raised | GoesOn | None = None
+    busy: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Spare:
+    """A stale value that may be returned if no better one comes.
+
+    Attributes:
+        softly: whether it is to be returned as a stale one after `soft_timeout`, which is no error.
+    """
+
+    value: Any
+    entry: Entry
+    softly: bool = False
+
+
+def fetch(call: Call, rooms: Rooms, clock: Clock) -> Core[Any]:
     """Return the value of a call: a hit, or the outcome of the one flight that computes it.
 
     Raises:
@@ -501,18 +806,21 @@ def fetch(call: Call, rooms: Rooms, clock: Callable[[], float]) -> Core[Any]:
         StoreUnavailable, DispatchError, DecodeError, ValueTooLarge: as their docstrings say.
         Exception: whatever the task raised.
     """
-    if call.keys.entry in call.chain:
-        raise ReentrantFlight(
-            f"task {call.task!r} asked for key {call.keys.tag!r} while computing it; the chain is: "
-            + " -> ".join(Keys(entry).tag for entry in (*call.chain, call.keys.entry))
-        )
-    began = clock()
-    deadline = began + call.options.wait_timeout
+    options, key = call.options, call.keys.entry
+    if call.chain:
+        call.refuse_to_wait_for_itself()
+    if options.force_refresh:
+        lobby = f"{key} {new_nonce()}"  # nobody else's look is late enough for sure
+        return Onward(_join(call, rooms, clock, _Wish("force"), lobby, options.wait_timeout))
+    deadline = clock() + options.wait_timeout
     seen = ""
-    local = call.local
-    ticket = local.begin(call.keys.entry) if local is not None else None
+    spare: _Spare | None = None
+    local = call.local if EARLY.isdisjoint(call.overrides) else None
+    if call.described and local is not None and (kept := local.entry(key)) is not None:
+        return (yield from _describe(call, call.codec.unpack(kept), kept, clock, source="local"))
+    ticket = local.begin(key) if local is not None else None
     try:
-        raw = yield Get(call.keys, call.options.wait_timeout)
+        raw = yield Get(call.keys, options.wait_timeout)
         if raw is not None:
             try:
                 entry = Entry.parse(raw)
@@ -521,29 +829,119 @@ def fetch(call: Call, rooms: Rooms, clock: Callable[[], float]) -> Core[Any]:
                 yield Unreadable(error)
                 seen = fence_of(raw)
             else:
-                if local is not None and ticket is not None:
-                    local.end(call.keys.entry, ticket, value, entry)
-                return value
+                left = math.inf
+                # To a key that nobody reads its server may come long after its time: what is kept here ends by itself.
+                if entry.soft or options.early_refresh is not None or local is not None:
+                    left = (entry.fresh_until - (yield from _server_time(clock))) / 1e6
+                if left > 0:
+                    early = math.inf if options.early_refresh is None else _early_in(options, entry, left)
+                    if early <= 0:
+                        yield from _revalidate(call, rooms, clock, entry)
+                    elif local is not None and ticket is not None:
+                        local.end(key, ticket, value, entry, left, early)
+                    return (yield from _describe(call, value, entry, clock)) if call.described else value
+                if -left < options.stale_ttl and options.soft_timeout is None:
+                    yield from _revalidate(call, rooms, clock, entry)
+                    return (yield from _describe(call, value, entry, clock, "stale")) if call.described else value
+                if -left < options.keep_stale:
+                    spare = _Spare(value, entry, -left < options.stale_ttl)
+                    if spare.softly and options.soft_timeout is not None:
+                        deadline = min(deadline, clock() + options.soft_timeout)
+                        # Who computes it himself cannot stop waiting.
+                        call = _unawaited(replace(call, inline=call.eager, holder=str))
+                seen = entry.fence
+    except StoreUnavailable as error:
+        last = call.local.quarantined(key, options.stale_if_error) if call.local is not None else None
+        if last is None:
+            raise
+        value = call.codec.unpack(last)
+        return CachedEntry(value, "error", "local", None, last.fence, error) if call.described else value
     finally:
         if local is not None and ticket is not None:
-            local.end(call.keys.entry, ticket)
+            local.end(key, ticket)
+    wish = _Wish(seen=seen)
+    if spare is None:
+        return Onward(_join(call, rooms, clock, wish, key, deadline - clock()))
+    if not spare.softly and (why := rooms.resting(key, spare.entry.fence, clock())) is not None:
+        yield from _revalidate(call, rooms, clock, spare.entry)  # the next who waits is not to do so in vain
+        return (yield from _spared(call, spare, clock, why.error(why.message)))
+    try:
+        return (yield from _join(call, rooms, clock, wish, key, deadline - clock()))
+    except Exception as error:
+        if error is wish.own:
+            raise
+        found = yield from _still_there(call, spare, error)
+        if found is not spare and found.entry.fresh_until > (yield from _server_time(clock)):
+            return (yield from _describe(call, found.value, found.entry, clock)) if call.described else found.value
+        if isinstance(error, WaitTimeout) and spare.softly:
+            return (yield from _spared(call, found, clock))
+        if isinstance(error, WaitTimeout | DispatchError):
+            pause = options.error_ttl_of(error)
+            rooms.rest(key, spare.entry.fence, clock() + pause, Broken(type(error), str(error)))
+        return (yield from _spared(call, found, clock, error))
 
-    yield Listen(max(0.0, deadline - clock()))
+
+def _spared(call: Call, spare: _Spare, clock: Clock, error: Exception | None = None) -> Core[Any]:
+    """Return a stale value, as that or with the error for which there is no fresh one."""
+    if not call.described:
+        return spare.value
+    state: Literal["stale", "error"] = "stale" if error is None else "error"
+    return (yield from _describe(call, spare.value, spare.entry, clock, state, error=error))
+
+
+def _join(call: Call, rooms: Rooms, clock: Clock, wish: _Wish, lobby: str, patience: float) -> Core[Any]:
+    """Wait for the one flight that computes the value, or start it → the value."""
+    call.check()
     seat: Seat = yield TakeSeat()
-    rooms.enter(call.keys.entry, seat)
+    began = clock()  # of several calls whose caller computes one after the other, each has its time for itself
+    deadline = began + patience
+    yield Listen(max(0.0, patience))
+    seat.follows = call.options.on_progress is not None
+    rooms.enter(lobby, seat, wish.mode)
     place: Place | None = None
     flight: tuple[str, float] | None = None
     trouble: StoreUnavailable | None = None
+    own: Returned | Raised | GoesOn | None = None
     try:
         while True:
             turn = yield Wait(seat, deadline - clock())
+            failed = isinstance(turn, Broken) or (isinstance(turn, Settled) and turn.entry.failed)
+            if failed and isinstance(own, GoesOn):
+                patience = LAST_LOOK if isinstance(turn, Settled) else deadline - clock()
+                own = yield Own(own.run, patience)
+                if isinstance(own, Returned | Raised):
+                    return _answer(call, own)
             if isinstance(turn, Settled):
-                return _value(call, turn.raw)
+                entry = turn.entry
+                if entry.started >= wish.since:
+                    if call.local is not None:
+                        call.local.supersede(call.keys.entry, entry)
+                    value = _value_of(call, entry)
+                    if not call.described:
+                        return value
+                    return (yield from _describe(call, value, entry, clock, source="flight"))
+                seat.turn = None
+                rooms.enter(lobby, seat, wish.mode)  # that run began before this call, and the next is on its way
+                continue
             if isinstance(turn, Broken):
                 raise turn.error(turn.message)
+            if isinstance(turn, Progressed):
+                rooms.heard(seat, turn)
+                if call.options.on_progress is not None:
+                    try:
+                        call.options.on_progress(Progress.parse(turn.raw))
+                    except Exception as error:
+                        wish.own = error
+                        raise
+                continue
             if turn is None or clock() >= deadline:
                 break
-            trouble = yield from _look(call, rooms, seat, seen, deadline, clock)
+            looked = yield from _look(call, rooms, seat, wish, deadline, clock)
+            trouble = looked.trouble
+            deadline += looked.busy
+            own = looked.own or own
+            if isinstance(own, Returned | Raised):
+                return _answer(call, own)
     except GeneratorExit:
         rooms.leave(seat)  # the driver is gone: nobody would perform what follows
         raise
@@ -557,13 +955,94 @@ def fetch(call: Call, rooms: Rooms, clock: Callable[[], float]) -> Core[Any]:
     raise WaitTimeout(_too_late(call, clock() - began, flight)) from trouble
 
 
+def _answer(call: Call, own: Returned | Raised) -> Any:
+    """Return or raise what a caller's own run came to."""
+    if isinstance(own, Raised):
+        raise own.error
+    return CachedEntry(own.value, "fresh", "flight", 0.0, "") if call.described else own.value
+
+
+def _server_time(clock: Clock) -> Core[int]:
+    now = clock.server()
+    if now is None:
+        asked = clock()
+        now = yield ServerTime()
+        clock.learn(now, asked, clock())
+    return now
+
+
+def _early_in(options: Options, entry: Entry, left: float) -> float:
+    """In how many seconds a value that is fresh for so many more is to be refreshed; 0 or less: now."""
+    early = options.early_refresh
+    if early == "xfetch":
+        # -log of a number from 0 to 1 is distributed exponentially: so do the paper's readers draw.
+        return left - entry.compute_time / 1e6 * options.beta * -math.log(1.0 - random.random())
+    assert early is not None
+    return left - (1.0 - early) * (entry.fresh_until - entry.stored) / 1e6
+
+
+def _revalidate(call: Call, rooms: Rooms, clock: Clock, entry: Entry) -> Core[None]:
+    """Have a value computed anew, once, while the caller takes the old one."""
+    if not rooms.may_refresh(call.keys.entry, entry.fence, clock()):
+        return
+    call = _unawaited(replace(call, inline=call.eager))
+
+    def beside() -> Core[None]:
+        call.check()
+        reply = yield from _acquired(call, _acquire(call, "miss", entry.fence))
+        if isinstance(reply, Won):
+            yield from _dispatch(call, reply.fence)
+
+    yield Aside(beside())
+
+
+def _unawaited(call: Call) -> Call:
+    """Return a call that nobody waits for: unless it runs right here, it may ask for what is computed here."""
+    return call if call.inline() else replace(call, chain=())
+
+
+def _still_there(call: Call, spare: _Spare, error: Exception) -> Core[_Spare]:
+    """Return the spare value, or a newer one, unless an invalidation came meanwhile: then raise the error."""
+    try:
+        raw = yield Get(call.keys, LAST_LOOK)
+    except StoreUnavailable:
+        return spare  # nobody can tell; while the server is away it is served, as what is kept locally is
+    if raw is None:
+        raise error
+    if fence_of(raw) == spare.entry.fence:
+        return spare
+    try:
+        entry = Entry.parse(raw)
+        return _Spare(_value_of(call, entry), entry)
+    except (DecodeError, ValueTooLarge):
+        raise error from None  # what is there cannot be read, and the old value does not count any more
+
+
+def _describe(
+    call: Call,
+    value: Any,
+    entry: Entry,
+    clock: Clock,
+    state: Literal["fresh", "stale", "error"] = "fresh",
+    source: Literal["local", "store", "flight"] = "store",
+    error: Exception | None = None,
+) -> Core[CachedEntry[Any]]:
+    try:
+        age = ((yield from _server_time(clock)) - entry.stored) / 1e6
+    except StoreUnavailable:
+        age = None
+    return CachedEntry(value, state, source, age if age is None else max(0.0, age), entry.fence, error)
+
+
 def refresh(call: Call) -> Core[bool]:
     """Have the value computed anew, without waiting; the old one is served until then.
 
     Returns True if this call started the flight. A flight that waits for a worker is joined; after one that runs
     already (it may have read older data) the worker starts the next.
     """
-    reply = yield _acquire(call, "force")
+    call.check()
+    call = _unawaited(call)
+    reply = yield from _acquired(call, _acquire(call, "force"))
     if isinstance(reply, Won):
         yield from _dispatch(call, reply.fence)
         return True
@@ -590,14 +1069,87 @@ def invalidate(call: Call) -> Core[bool]:
         _forget(call)
 
 
-def put(call: Call, value: Any) -> Core[None]:
-    """Store a value from outside; a running flight's waiters get it, and its late outcome is refused."""
-    packed = call.codec.pack(value)
+def expire(call: Call) -> Core[bool]:
+    """Let the value be stale from now on → whether there was one. Where no stale ones are kept that is to drop it."""
+    if not call.options.keep_stale:
+        return (yield from invalidate(call))
     _forget(call)
     try:
-        yield Put(call.keys, new_nonce(), packed, call.options.ttl, call.park, call.fleeting)
+        return (yield Expire(call.keys, call.options.keep_stale))  # type: ignore[no-any-return]
     finally:
         _forget(call)
+
+
+def put(call: Call, value: Any) -> Core[None]:
+    """Store a value from outside; a running flight's waiters get it, and its late outcome is refused.
+
+    One that is not to be stored takes away what it replaces.
+    """
+    packed = call.codec.pack(value)
+    ttl = call.options.ttl_of(value)
+    _forget(call)
+    try:
+        if ttl and (tags := call.tags) is not None:
+            yield Index(tags, call.keys.entry, ttl + call.options.keep_stale + INDEX_GRACE)
+        yield Put(call.keys, new_nonce(), packed, ttl, *_keep_and_park(call, ttl))
+    finally:
+        _forget(call)
+
+
+def invalidate_tag(
+    tags: TagKeys, forget: Callable[[str], None], on_progress: Callable[[int], None] | None = None
+) -> Core[int]:
+    """Invalidate whatever bears a tag, in batches → how many values there were.
+
+    A run that began before this call is in the index, as it was put there before it began, and one that begins later
+    reads newer data.
+    """
+    dropped = cursor = 0
+    while True:
+        cursor, entries = yield Members(tags, cursor)
+        dropped += yield from _invalidate_all_of(entries, forget)
+        if on_progress is not None:
+            on_progress(dropped)
+        if cursor == 0:
+            return dropped
+
+
+def invalidate_all(
+    prefix: str, task: str, forget: Callable[[str], None], on_progress: Callable[[int], None] | None = None
+) -> Core[int]:
+    """Invalidate all values of a task, in batches → how many there were.
+
+    A scan finds whatever is there from its beginning to its end. So the first finds each flight that goes on meanwhile,
+    and the second each outcome that a flight stored which ended during the first.
+    """
+    dropped = 0
+    for kinds in ("f", "ex"):
+        cursor = 0
+        while True:
+            cursor, names = yield Scan(pattern(prefix, task, kinds), cursor)
+            dropped += yield from _invalidate_all_of([Keys.of_any(name).entry for name in names], forget)
+            if on_progress is not None:
+                on_progress(dropped)
+            if cursor == 0:
+                break
+    return dropped
+
+
+def _invalidate_all_of(entries: Iterable[str], forget: Callable[[str], None]) -> Core[int]:
+    entries = list(dict.fromkeys(entries))
+    if not entries:
+        return 0
+    for entry in entries:
+        forget(entry)
+    try:
+        replies = yield RunAll(tuple(Invalidate(Keys(entry), new_nonce(), 30.0) for entry in entries))
+    finally:
+        for entry in entries:
+            forget(entry)
+    for reply in replies:
+        if isinstance(reply, StoreUnavailable):
+            raise reply
+    return sum(replies)
 
 
 def _forget(call: Call) -> None:
@@ -606,51 +1158,97 @@ def _forget(call: Call) -> None:
         call.local.drop(call.keys.entry)
 
 
-def _look(
-    call: Call, rooms: Rooms, seat: Seat, seen: str, deadline: float, clock: Callable[[], float]
-) -> Core[StoreUnavailable | None]:
-    """Look for everybody in the room → what kept this caller, and only this one, from getting a reply in its time."""
+def _look(call: Call, rooms: Rooms, seat: Seat, wish: _Wish, deadline: float, clock: Clock) -> Core[_Looked]:
+    """Look for everybody in the room."""
     look = rooms.begin_look(seat)
+    if look is None:
+        return _Looked()
+    wanted = max(0.0, deadline - clock())
     try:
-        wanted = max(0.0, deadline - clock())
-        reply = yield _acquire(call, "miss", seen, look.following, look.sequence, wanted)
+        # The index of its tags has to be written before a run begins.
+        holder = call.holder() if call.inline() and call.tags is None else ""
+    except BaseException:
+        rooms.interrupted(look)
+        raise
+    acquire = _acquire(call, wish.mode, wish.seen, look.following, look.sequence, wanted, wish.since, holder)
+    try:
+        reply = yield from _acquired(call, acquire)
     except StoreUnavailable as error:
         if clock() >= deadline:
             rooms.interrupted(look)  # the others may have more time
-            return error
+            yield Aside(_withdraw(call, acquire))
+            return _Looked(error)
         rooms.broken(look, StoreUnavailable, str(error))
-        return None
+        return _Looked()
     except BaseException:
         rooms.interrupted(look)
         raise
     if isinstance(reply, Done):
         rooms.settled(look, reply.raw)
-        return None
+        return _Looked()
+    if wish.mode == "force":
+        wish.since = wish.since or reply.now
     polls = (call.options.poll_interval, call.options.max_poll_interval)
     left = reply.lease if isinstance(reply, Won) else reply.lease_left
     rooms.wait(look, reply.fence, left, clock(), polls)
+    if isinstance(reply, Waiting) and reply.progress:
+        rooms.progressed(reply.fence, reply.progress)
     # An inline caller does not wait for a worker to begin: it may well occupy the only one.
-    if isinstance(reply, Won) or (call.inline() and reply.state in UNCLAIMED):
-        yield from _dispatch(call, reply.fence, wanted)
+    if not isinstance(reply, Won) and not (call.inline() and reply.state in UNCLAIMED):
+        return _Looked()
+    run = reply.run if isinstance(reply, Won) else None
+    began = clock()
+    wanted = max(0.0, deadline - began)
+    if not call.inline():
+        return _Looked(own=(yield from _dispatch(call, reply.fence, wanted, run)))
+    rooms.away(seat)
+    try:
+        own = yield from _dispatch(call, reply.fence, wanted, run)
+    finally:
+        rooms.back(seat)
+    return _Looked(own=own, busy=clock() - began)
+
+
+def _dispatch(
+    call: Call, fence: str, patience: float = math.inf, run: Run | None = None
+) -> Core[Returned | Raised | GoesOn | None]:
+    """Have a flight run → its outcome, where it ran here and that is the caller's own answer."""
+    # Others may have more time than the winner has, so it is not the winner's last moment that fails the flight.
+    timeout = min(call.options.dispatch_lease, max(patience, LEAST_DISPATCH))
+    ticket = Ticket(call.keys, fence, call.chain, call.overrides, run)
+    inline = call.inline()
+    try:
+        own = yield Dispatch(ticket, call.arguments, inline, timeout)
+    except Exception as error:
+        # The flight fails for all its waiters; were they to try in turn, each would wait for the broker.
+        ttl = call.options.error_ttl_of(error)
+        yield Settle(call.keys, Run(fence, 0), "E", pack_error(error), ttl, ttl, call.park)
+        raise
+    if inline:
+        return own  # type: ignore[no-any-return]
+    try:
+        yield Confirm(call.keys, fence, call.options.queue_timeout)
+    except StoreUnavailable:
+        pass  # the message is out, and the worker's claim does without
     return None
 
 
-def _dispatch(call: Call, fence: str, patience: float = math.inf) -> Core[None]:
-    # Others may have more time than the winner has, so it is not the winner's last moment that fails the flight.
-    timeout = min(call.options.dispatch_lease, max(patience, LEAST_DISPATCH))
-    ticket = Ticket(call.keys, fence, call.chain, call.overrides)
-    inline = call.inline()
+def _acquired(call: Call, acquire: Acquire) -> Core[Done | Waiting | Won]:
+    """Perform an `Acquire`; who is interrupted before the reply is there leaves nothing behind."""
     try:
-        yield Dispatch(ticket, call.arguments, inline, timeout)
-    except Exception as error:
-        # The flight fails for all its waiters; were they to try in turn, each would wait for the broker.
-        yield Settle(call.keys, Run(fence, 0), "E", pack_error(error), call.options.error_ttl, call.park)
+        return (yield acquire)  # type: ignore[no-any-return]
+    except (StoreUnavailable, GeneratorExit):
         raise
-    if not inline:
-        try:
-            yield Confirm(call.keys, fence, call.options.queue_timeout)
-        except StoreUnavailable:
-            pass  # the message is out, and the worker's claim does without
+    except BaseException:
+        yield Aside(_withdraw(call, acquire))
+        raise
+
+
+def _withdraw(call: Call, acquire: Acquire) -> Core[None]:
+    try:
+        yield Withdraw(call.keys, acquire.nonce, call.park)
+    except StoreUnavailable:
+        pass  # what it won goes with its lease
 
 
 def _acquire(
@@ -660,6 +1258,8 @@ def _acquire(
     following: str = "",
     register: int | None = None,
     wanted: float = 0.0,
+    since: int = 0,
+    holder: str = "",
 ) -> Acquire:
     return Acquire(
         call.keys,
@@ -671,7 +1271,9 @@ def _acquire(
         register,
         wanted,
         call.park,
-        _crashed(call.task, call.options.max_crashes),
+        _crashed(call),
+        since,
+        holder,
     )
 
 
@@ -697,9 +1299,20 @@ def _too_late(call: Call, waited: float, flight: tuple[str, float] | None) -> st
     }.get(state, "")
 
 
+def _crashed(call: Call) -> Packed:
+    options = call.options
+    return _crashed_so_often(call.task, options.max_crashes, options.external_timeout if options.external else None)
+
+
 @lru_cache(maxsize=1024)
-def _crashed(task: str, times: int) -> Packed:
-    return pack_error(FlightFailed(f"task {task!r} lost its worker {times} times over one flight"))
+def _crashed_so_often(task: str, times: int, external_timeout: float | None) -> Packed:
+    text = f"task {task!r} lost its worker {times} times over one flight"
+    if external_timeout is not None:
+        text = (
+            f"task {task!r} was handed out {times} times over one flight, and nobody settled it within "
+            f"external_timeout={external_timeout:g} s"
+        )
+    return pack_error(FlightFailed(text))
 
 
 # ---- the worker ------------------------------------------------------------------------------------------------
@@ -719,41 +1332,124 @@ def compute(
         retries,
         redelivered,
         call.park,
-        _crashed(call.task, options.max_crashes),
+        _crashed(call),
     )
-    run = yield from _patiently(claim, options.lease, clock)
+    index: _Indexed | None = None
+    wrong: ArgumentError | None = None
+    try:
+        if (tags := call.tags) is not None:
+            index = _Indexed(tags, ticket.keys.entry, options.lease, clock)
+            # Before anything is read: what an invalidation does not find has not begun.
+            yield from index.keep(_at_most(options))
+    except ArgumentError as error:
+        wrong = error  # it did not fail in the caller, and those who wait must not do so in vain
+    run = ticket.run or (yield from _patiently(claim, options.lease, clock))
     if not isinstance(run, Run):
         return run  # type: ignore[no-any-return]
-    yield Hold(ticket.keys, run, options.lease, options.max_run)
-    try:
+    if wrong is not None:
+        settle, _ = _settlement(call, ticket, run, Raised(wrong))
+        return Finished((yield from _patiently(settle, options.lease, clock)), wrong)
+    if options.external:
+        yield from _patiently(Renew(ticket.keys, run, options.external_timeout, True), options.lease, clock)
         outcome = yield Body(run)
-    finally:
-        yield Release(run)
+        if isinstance(outcome, Returned):
+            return Finished("HANDED OUT")
+    else:
+        yield Hold(ticket.keys, run, options.lease, options.max_run)
+        try:
+            outcome = yield Body(run)
+        finally:
+            yield Release(run)
     if isinstance(outcome, GoesOn):
         return Finished(None)
+    if isinstance(outcome, Interrupted):
+        try:
+            yield Requeue(ticket.keys, run, retries, 0.0)
+        except StoreUnavailable:
+            pass  # then others take over when the lease has passed
+        raise outcome.by
     settle, refused = _settlement(call, ticket, run, outcome)
     try:
+        if index is not None and settle.kind == "V" and settle.keep:
+            if index.keeps(0.0):
+                yield from index.keep(settle.keep)
+            else:  # an invalidation may have looked for this run in vain: only those who wait get its value
+                settle = replace(settle, ttl=0.0, keep=0.0)
         return Finished((yield from _patiently(settle, options.lease, clock)), refused)
     except StoreUnavailable as error:
         return Finished(None, error)
 
 
+class _Indexed:
+    """The entry of one run in the indices of its tags, where an invalidation by tag finds the run, and then its value.
+
+    Args:
+        tags: the indices.
+        entry: what they name.
+        patience: seconds for which the worker tries to reach the server, each time.
+        clock: monotonic.
+    """
+
+    def __init__(self, tags: TagKeys, entry: str, patience: float, clock: Callable[[], float]) -> None:
+        self._tags = tags
+        self._entry = entry
+        self._patience = patience
+        self._clock = clock
+        self._until = -math.inf
+
+    def keeps(self, life: float) -> bool:
+        """Whether it is there for so many seconds from the next word to the server on, however late that gets there."""
+        return self._clock() + self._patience + life <= self._until
+
+    def keep(self, life: float) -> Core[None]:
+        """See to it that it is there for so long.
+
+        Raises:
+            StoreUnavailable: the server cannot be reached.
+        """
+        if self.keeps(life):
+            return
+        life += self._patience + INDEX_GRACE
+        until = self._clock() + life
+        yield from _patiently(Index(self._tags, self._entry, life), self._patience, self._clock)
+        self._until = until
+
+
+def _at_most(options: Options) -> float:
+    """How long, in seconds, after its claim a run may go on, and its value be there if another process settles it."""
+    if not options.external:
+        return options.max_run
+    assert not callable(options.ttl)
+    # A flight outlives its lease by a minute, and may be settled until then.
+    return max(options.max_run, options.external_timeout) + INDEX_GRACE + options.ttl + options.keep_stale
+
+
 def _settlement(
     call: Call, ticket: Ticket, run: Run, outcome: Returned | Raised
-) -> tuple[Settle, EncodeError | ValueTooLarge | None]:
+) -> tuple[Settle, MemoLockError | None]:
     """Encode an outcome; a value that cannot be stored becomes an error for all who wait."""
     options = call.options
     error: BaseException
     refused = None
     if isinstance(outcome, Returned):
         try:
-            packed = call.codec.pack(outcome.value)
-            return Settle(ticket.keys, run, "V", packed, options.ttl, call.park, call.fleeting), None
-        except (EncodeError, ValueTooLarge) as unstorable:
+            ttl = options.ttl_of(outcome.value, outcome.ttl)
+            if outcome.unchanged is None:
+                packed = call.codec.pack(outcome.value, outcome.etag)
+            else:
+                packed = call.codec.repack(outcome.unchanged, outcome.etag)
+            return Settle(ticket.keys, run, "V", packed, ttl, *_keep_and_park(call, ttl)), None
+        except (EncodeError, OptionError, ValueTooLarge) as unstorable:
             error = refused = unstorable
     else:
         error = outcome.error
-    return Settle(ticket.keys, run, "E", pack_error(error), options.error_ttl_of(error), call.park), refused
+    ttl = options.error_ttl_of(error)
+    return Settle(ticket.keys, run, "E", pack_error(error), ttl, ttl, call.park), refused
+
+
+def _keep_and_park(call: Call, ttl: float) -> tuple[float, float, bool]:
+    """For a value with this ttl: how long it is kept, parked, and whether it may be gone before a late waiter looks."""
+    return (ttl + call.options.keep_stale if ttl else 0.0), call.park, ttl < call.options.max_poll_interval
 
 
 def _patiently(effect: Script, patience: float, clock: Callable[[], float]) -> Core[Any]:
@@ -779,14 +1475,17 @@ def drive(core: Core[T], perform: Callable[[Any], Any]) -> T:
     An exception of an effect, KeyboardInterrupt too, is raised inside the core, which may then still ask for
     effects that clean up.
     """
-    try:
-        effect = next(core)
-        while True:
-            try:
-                reply = perform(effect)
-            except BaseException as error:
-                effect = core.throw(error)
-            else:
-                effect = core.send(reply)
-    except StopIteration as stop:
-        return stop.value  # type: ignore[no-any-return]
+    while True:
+        try:
+            effect = next(core)
+            while True:
+                try:
+                    reply = perform(effect)
+                except BaseException as error:
+                    effect = core.throw(error)
+                else:
+                    effect = core.send(reply)
+        except StopIteration as stop:
+            if type(stop.value) is not Onward:
+                return stop.value  # type: ignore[no-any-return]
+            core = stop.value.core

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
+import math
 import os
+import re
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Final
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError
 from redis.retry import Retry
 
+from .clock import Clock
 from .connections import MOST_CONNECTIONS, Busy, Connections, Packed
 from .errors import ConfigurationError, StoreUnavailable
 from .inbox import Inbox
 from .keys import Keys, entry_prefix
 from .local import Local
 from .options import Options
-from .pipe import Pipe
-from .protocol import Acquire, Hold, Leave, Renew, Run, Script
+from .pipe import Pipe, orphans
+from .protocol import Acquire, Hold, Leave, Query, Renew, Run, Script
+from .rooms import Broken
 from .tracker import Tracker
-from .wire import arguments, reply, script_of
+from .wire import answer, arguments, command, reply, script_of
 
-__all__ = ["Store"]
+__all__ = ["Store", "Stores", "client_of"]
 
 logger = logging.getLogger("celery_memolock")
 
@@ -66,17 +72,8 @@ class Store:
 
     @classmethod
     def from_url(cls, url: str, prefix: str) -> Store:
-        """Use the server that a URL names: redis://, rediss://, unix:// or kombu's redis+socket://.
-
-        Time-outs and other settings of the client may be given in the query, such as ``?socket_timeout=2``.
-
-        Raises:
-            ConfigurationError: the URL cannot be used.
-        """
-        try:
-            return cls(redis.Redis.from_url(_plain_url(url)), prefix)
-        except (ValueError, TypeError) as error:
-            raise ConfigurationError(f"memolock_redis_url cannot be used: {error}") from None
+        """Use the server that a URL names; see `client_of`."""
+        return cls(client_of(url, "the URL of memolock's Redis"), prefix)
 
     @property
     def inbox(self) -> Inbox:
@@ -158,6 +155,25 @@ class Store:
                 replies.append(error)
         return replies
 
+    def ask(self, query: Query) -> Any:
+        """Send a query's command and return its answer.
+
+        Raises:
+            StoreUnavailable: the server cannot be reached, or refused.
+        """
+        with self._troubles:
+            return answer(query, _checked(self._connections.ask(self._connections.pack(*command(query)), 1)))
+
+    async def aask(self, query: Query) -> Any:
+        """Do what `ask` does, from asyncio."""
+        with self._troubles:
+            return answer(query, _checked(await self._pipe().ask(self._connections.pack(*command(query)), 1)))
+
+    def forget(self, entry: str) -> None:
+        """Drop what this process keeps of an entry, whichever task it is of."""
+        for local in list(self._locals.values()):
+            local.drop(entry)
+
     def _reply_to(self, effect: Script, raw: Any) -> Any:
         with self._troubles:
             return reply(effect, _checked([raw]))
@@ -172,12 +188,15 @@ class Store:
     def _packed(self, effect: Script, by_text: bool = False) -> Packed:
         source = script_of(effect)
         how = ("EVAL", source.text) if by_text else ("EVALSHA", source.sha)
-        return self._connections.pack(*how, 4, *effect.keys.all, *arguments(effect, self._inbox.channel))
+        keys = effect.keys.all
+        return self._connections.pack(*how, len(keys), *keys, *arguments(effect, self._inbox.channel))
 
     def _pipe(self) -> Pipe:
         loop = asyncio.get_running_loop()
         pipe = self._pipes.get(loop)
         if pipe is None:
+            for orphan in orphans(self._pipes):
+                orphan.close()
             pipe = self._pipes[loop] = Pipe(self._client.connection_pool, self._connections.pack)
         return pipe
 
@@ -185,64 +204,145 @@ class Store:
         """Return when notices to this process can arrive, within `timeout` seconds or the connection's own time-outs.
 
         Raises:
-            StoreUnavailable: the subscription was not acknowledged in time.
+            StoreUnavailable: the subscription was refused, or not acknowledged in time.
         """
+        if self._inbox.listening:
+            return
         patience = min(timeout, self._patience)
-        if not self._inbox.listen(patience):
-            raise StoreUnavailable(f"Redis at {self.address} did not acknowledge a subscription in {patience:g} s")
+        told = threading.Event()
+        with self._inbox.expecting(told.set):
+            told.wait(patience)
+        self._listens(patience)
+
+    async def alisten(self, timeout: float) -> None:
+        """Do what `listen` does, from asyncio."""
+        patience = min(timeout, self._patience)
+        loop = asyncio.get_running_loop()
+        told = asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(told.set)
+
+        timer = loop.call_later(patience, told.set)
+        try:
+            with self._inbox.expecting(tell):
+                await told.wait()
+        finally:
+            timer.cancel()
+        self._listens(patience)
+
+    def _listens(self, patience: float) -> None:
+        if self._inbox.listening:
+            return
+        why = self._inbox.trouble
+        if isinstance(why, redis.ResponseError):
+            raise StoreUnavailable(
+                f"Redis at {self.address} refused a subscription: {why}; "
+                f"of an access control list the user needs the channels &{self._prefix}:*, too"
+            )
+        raise StoreUnavailable(
+            f"Redis at {self.address} did not acknowledge a subscription in {patience:g} s{f': {why}' if why else ''}"
+        )
 
     def local(self, task: str, options: Options) -> Local:
         """Return what this process keeps of a task's values, made at the first use."""
-        found = self._locals.get(task)
+        prefix = entry_prefix(options.prefix, task)
+        limits = (options.local_ttl, options.local_max_entries, options.local_max_bytes, options.local_lease)
+        found = self._locals.get((prefix, limits))
         if found is None:
             with self._start:
-                found = self._locals.get(task)
+                found = self._locals.get((prefix, limits))
                 if found is None:
-                    found = Local(
-                        options.local_ttl,
-                        options.local_max_entries,
-                        options.local_max_bytes,
-                        options.local_lease,
-                        time.monotonic,
-                    )
-                    self._tracker.follow(entry_prefix(options.prefix, task), found, options.local_lease)
-                    self._locals[task] = found
+                    found = Local(*limits, time.monotonic)
+                    self._tracker.follow(prefix, found, options.local_lease)
+                    self._locals[prefix, limits] = found
         return found
 
-    def hold(self, hold: Hold) -> None:
-        """Renew the lease of a run until `release`."""
-        self._heart.hold(hold)
+    def hold(self, hold: Hold, alive: Callable[[], bool] = lambda: True) -> None:
+        """Renew the lease of a run until `release`; while `alive` says no it is not renewed."""
+        self._heart.hold(hold, alive)
+
+    def lost(self, run: Run) -> bool:
+        """Whether a renewal found that a run that is held has lost its flight."""
+        return self._heart.lost(run)
 
     def release(self, run: Run) -> None:
         """Renew the lease of a run no more."""
         self._heart.release(run)
 
-    def close(self) -> None:
-        """Stop the listener and close all connections."""
-        self._tracker.close()
-        self._inbox.close()
-        self._heart.close()
+    def close(self, wait: bool = True) -> None:
+        """Stop the listener and close all connections. Calls that wait get `StoreUnavailable`.
+
+        Args:
+            wait: until all threads have ended. What collects garbage must not: it may be any thread, amid anything, and
+                those threads may be amid what takes a silent server's time-outs. Then no call waits, either.
+        """
+        self._leave_locals()
+        self._tracker.close(wait)
+        self._inbox.close(wait)
+        if wait:
+            why = f"the connections to Redis at {self.address} were closed while the call waited"
+            self._inbox.rooms.close(Broken(StoreUnavailable, why))
+        self._heart.close(wait)
         self._connections.close()
         for loop, pipe in list(self._pipes.items()):
-            with contextlib.suppress(RuntimeError):  # the loop is closed already
+            try:
                 loop.call_soon_threadsafe(pipe.close)
+            except RuntimeError:  # the loop is closed already
+                pipe.close()
         self._client.connection_pool.disconnect()
         _stores.discard(self)
 
     def _begin(self) -> None:
         self._connections = Connections(self._client.connection_pool)
         self._pipes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pipe] = weakref.WeakKeyDictionary()
-        self._locals: dict[str, Local] = {}
+        self._locals: dict[tuple[str, tuple[float, ...]], Local] = {}
+        self.clock = Clock(time.monotonic)
         self._start = threading.Lock()
         self._tracker = Tracker(self._client.connection_pool)
-        self._inbox = Inbox(self._client, self._prefix)
+        self._inbox = Inbox(self._client.connection_pool, self._prefix)
         self._heart = _Heart(self)
 
     def _after_fork(self) -> None:
         # Threads do not survive a fork, locks may be held for ever, and channel and connections are the
         # parent's.
+        self._leave_locals()
         self._inbox.abandon()
+        _inherited.append(self._pipes)
         self._begin()
+
+    def _leave_locals(self) -> None:
+        for local in list(self._locals.values()):
+            local.over = True
+
+
+def client_of(given: Any, name: str) -> redis.Redis:
+    """Return the client that a user gave, or that of a URL: redis://, rediss://, unix:// or kombu's redis+socket://.
+
+    Time-outs and other settings of the client may be given in the query, such as ``?socket_timeout=2``.
+
+    Args:
+        given: the client or the URL.
+        name: what the user calls it, for the error.
+
+    Raises:
+        ConfigurationError: it is neither, such as a client for asyncio, or cannot be used.
+    """
+    if isinstance(given, redis.Redis):
+        return given
+    if not isinstance(given, str):
+        kind = f"{type(given).__module__}.{type(given).__qualname__}"
+        raise ConfigurationError(f"{name} is to be a URL or a redis.Redis, not a {kind}")
+    try:
+        return _client_at(given)
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"{name} cannot be used: {error}") from None
+
+
+@lru_cache(256)
+def _client_at(url: str) -> redis.Redis:
+    return redis.Redis.from_url(_plain_url(url))
 
 
 class _Troubles:
@@ -278,8 +378,8 @@ def _least_patience(effects: Sequence[Script]) -> float | None:
 
 
 def _all_checked(answers: list[Any]) -> list[Any]:
-    for answer in answers:
-        _checked([answer])
+    for each in answers:
+        _checked([each])
     return answers
 
 
@@ -308,27 +408,39 @@ class _Heart:
         self._store = weakref.ref(store)
         self._changed = threading.Condition()
         self._holds: dict[Run, tuple[Hold, float, float]] = {}  # with the next and the last time to renew
+        self._alive: dict[Run, Callable[[], bool]] = {}
+        self._lost: set[Run] = set()  # of those that run here still
         self._thread: threading.Thread | None = None
+        self._asleep_until = 0.0
         self._closed = False
 
-    def hold(self, hold: Hold) -> None:
+    def hold(self, hold: Hold, alive: Callable[[], bool]) -> None:
         now = time.monotonic()
+        due = now + hold.lease / 3
         with self._changed:
-            self._holds[hold.run] = (hold, now + hold.lease / 3, now + hold.max_run)
+            self._alive[hold.run] = alive
+            self._holds[hold.run] = (hold, due, now + hold.max_run)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._beat, name="memolock-heart", daemon=True)
                 self._thread.start()
-            self._changed.notify()
+            if due < self._asleep_until:  # to wake it takes longer than all the rest here
+                self._changed.notify()
+
+    def lost(self, run: Run) -> bool:
+        with self._changed:
+            return run in self._lost
 
     def release(self, run: Run) -> None:
         with self._changed:
             self._holds.pop(run, None)
+            self._alive.pop(run, None)
+            self._lost.discard(run)
 
-    def close(self) -> None:
+    def close(self, wait: bool = True) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread not in (None, threading.current_thread()):
+        if wait and self._thread not in (None, threading.current_thread()):
             self._thread.join()
 
     def _beat(self) -> None:
@@ -339,10 +451,12 @@ class _Heart:
                 now = time.monotonic()
                 due = [hold for hold, at, _ in self._holds.values() if at <= now]
                 if not due:
-                    soonest = min((at for _, at, _ in self._holds.values()), default=None)
-                    self._changed.wait(None if soonest is None else soonest - now)
+                    soonest = min((at for _, at, _ in self._holds.values()), default=math.inf)
+                    self._asleep_until = soonest
+                    self._changed.wait(None if soonest == math.inf else soonest - now)
+                    self._asleep_until = 0.0
                     continue
-            lost = self._renew(due)
+            lost = self._renew([hold for hold in due if self._alive.get(hold.run, bool)()])
             now = time.monotonic()
             with self._changed:
                 for hold in due:
@@ -350,6 +464,8 @@ class _Heart:
                         last = self._holds[hold.run][2]
                         if hold.run in lost or now >= last:
                             del self._holds[hold.run]
+                            if hold.run in lost:
+                                self._lost.add(hold.run)
                         else:
                             self._holds[hold.run] = (hold, now + hold.lease / 3, last)
 
@@ -358,16 +474,58 @@ class _Heart:
         store = self._store()
         if store is None:
             return {hold.run for hold in due}
+        if not due:
+            return set()
         try:
             answers = store.run_all([Renew(hold.keys, hold.run, hold.lease) for hold in due])
-        except StoreUnavailable as error:
+        except Exception as error:  # of whatever kind: there is one thread for all leases
             # Until somebody takes over, the next renewal revives the lease.
-            logger.warning("memolock could not renew %d leases: %s", len(due), error)
+            odd = not isinstance(error, StoreUnavailable)
+            logger.warning("memolock could not renew %d leases: %s", len(due), error, exc_info=odd)
             return set()
         return {hold.run for hold, answer in zip(due, answers, strict=True) if answer == "LOST"}
 
 
+class Stores:
+    """The servers of a process, one for each owner, such as an app, that is configured with it."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[Any, Store] = weakref.WeakKeyDictionary()
+        self._closers: weakref.WeakKeyDictionary[Any, weakref.finalize[Any, Any]] = weakref.WeakKeyDictionary()
+        self._renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
+
+    def of(self, owner: Any, make: Callable[[Any], Store]) -> Store:
+        """Return an owner's server, made at the first use, and closed with its owner."""
+        store = self._known.get(owner)
+        if store is None:
+            with self._lock:
+                store = self._known.get(owner)
+                if store is None:
+                    store = make(owner)
+                    closer = self._closers[owner] = weakref.finalize(owner, store.close, False)
+                    closer.atexit = False  # there the threads are daemons, and nothing is worth waiting for
+                    self._known[owner] = store
+        return store
+
+    def drop(self, owner: Any) -> None:
+        """Close an owner's server, if it was made; the next use makes another."""
+        with self._lock:
+            closer = self._closers.pop(owner, None)
+            store = self._known.pop(owner, None)
+        if closer is not None and store is not None:
+            closer.detach()
+            store.close()
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
+
+
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+#: What a forked child must never close: it shares the selectors of its parent's loops, and would deafen them.
+_inherited: list[Any] = []
 
 
 def _renew_stores() -> None:
@@ -379,9 +537,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_stores)
 
 
+@lru_cache(1)
+def _driver_info() -> dict[str, Any]:
+    """What the client library says of itself to the server, read once: by itself it does so for each connection."""
+    try:
+        module: Any = importlib.import_module("redis.driver_info")
+    except ImportError:  # of an older version, which says less
+        return {}
+    return {"driver_info": module.DriverInfo()}
+
+
 def _own_client(client: redis.Redis) -> redis.Redis:
     pool = client.connection_pool
-    kwargs = {**CONNECTION, **{k: v for k, v in pool.connection_kwargs.items() if v is not None}}
+    kwargs = {**CONNECTION, **_driver_info(), **{k: v for k, v in pool.connection_kwargs.items() if v is not None}}
     kwargs.update(decode_responses=False, retry=Retry(NoBackoff(), 1), retry_on_error=[redis.ConnectionError])
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **kwargs))
 
@@ -394,15 +562,19 @@ def _address(client: Any) -> str:
     return f"redis://{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}/{kwargs.get('db') or 0}"
 
 
+#: What stands between two URLs; a password may have a semicolon, too.
+_NEXT_URL: Final = re.compile(r";(?=[a-z][a-z+]*://|$)")
+
+
 def _plain_url(url: str) -> str:
     """Turn kombu's and Celery's spellings of a Redis URL into the client's."""
-    url = url.split(";")[0]
+    url = _NEXT_URL.split(url)[0]  # of several, for a failover, the first
     parts = urlsplit(url)
-    query = parse_qs(parts.query)
-    if parts.scheme in ("redis+socket", "socket"):
-        db = (query.get("virtual_host") or query.get("db") or ["0"])[0].strip("/")
-        return f"unix://{parts.netloc}{parts.path}?db={db}"
+    query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+    scheme = parts.scheme
+    if scheme in ("redis+socket", "socket"):
+        scheme = "unix"
+        query["db"] = query.pop("virtual_host", query.get("db", "0")).strip("/")
     if "ssl_cert_reqs" in query:
-        wanted = query["ssl_cert_reqs"][0]
-        return url.replace(wanted, wanted.removeprefix("CERT_").lower())
-    return url
+        query["ssl_cert_reqs"] = query["ssl_cert_reqs"].removeprefix("CERT_").lower()
+    return f"{scheme}://{parts.netloc}{parts.path}?{urlencode(query)}"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from . import protocol
+from .bounded import LAST, TooSlow, aside, log_failure, within
 from .engine import Engine
 from .errors import MemoLockError
-from .protocol import Script
-from .rooms import Broken, Seat, Settled, Turn
+from .protocol import Core, Script, drive
+from .rooms import Seat, Woken
 
 __all__ = ["Driver"]
 
@@ -34,7 +36,7 @@ class Driver:
         self._engine = engine
         self._body = body
         self._unreadable = unreadable
-        self._any: threading.Event | None = None
+        self._any: Any = None
 
     def __call__(self, effect: Any) -> Any:
         """Perform one effect and return its reply."""
@@ -46,15 +48,17 @@ class Driver:
             case protocol.Wait(seat, timeout):
                 return _wait(seat, timeout)
             case protocol.TakeSeat():
-                return _ThreadSeat(threading.Event())
+                return _ThreadSeat(_new_bell())
             case protocol.Listen(timeout):
                 return self._engine.store.listen(timeout)
             case protocol.Dispatch(ticket, (args, kwargs), inline, timeout):
                 if inline:
-                    self._engine.run_here(ticket, args, kwargs)
-                else:
-                    self._engine.send(ticket, args, kwargs, timeout)
-                return None
+                    return self._engine.run_here(ticket, args, kwargs)
+                return self._engine.send(ticket, args, kwargs, timeout)
+            case protocol.Query():
+                return self._engine.store.ask(effect)
+            case protocol.Aside(core):
+                return drive_aside(self._engine, core)
             case protocol.Uncached((args, kwargs)):
                 return self._engine.run_here(None, args, kwargs)
             case protocol.GetAll(keys, patience):
@@ -62,7 +66,7 @@ class Driver:
             case protocol.RunAll(scripts):
                 return self._engine.store.run_all(scripts)
             case protocol.TakeSeats(count):
-                self._any = self._any or threading.Event()
+                self._any = self._any or _new_bell()
                 return [_ThreadSeat(self._any) for _ in range(count)]
             case protocol.WaitForAny(seats, timeout):
                 assert self._any is not None
@@ -83,25 +87,53 @@ class Driver:
         raise TypeError(f"no effect: {effect!r}")
 
 
+def drive_aside(engine: Engine, core: Core[Any]) -> None:
+    """Drive a core in another thread; what it raises is logged."""
+
+    def work() -> None:
+        try:
+            drive(core, Driver(engine))
+        except Exception as error:
+            log_failure(error)
+
+    if engine.eager:  # nothing runs beside the caller there
+        work()
+    elif engine.ends_with_job:
+        with contextlib.suppress(TooSlow):  # in a thread all the same, as it is not for the job's time-out to end it
+            within(LAST, work)
+    else:
+        aside.do(work)
+
+
+def _new_bell() -> Any:
+    """Return a lock that is held until somebody rings: an Event takes several times as long."""
+    bell = threading.Lock()
+    bell.acquire()
+    return bell
+
+
 class _ThreadSeat(Seat):
-    __slots__ = ("event",)
+    __slots__ = ("bell",)
 
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-        super().__init__(event.set)
+    def __init__(self, bell: Any) -> None:
+        super().__init__()
+        self.bell = bell
+
+    def wake(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it has rung already
+            self.bell.release()
 
 
-def _wait(seat: Seat, timeout: float) -> Turn | Settled | Broken | None:
+def _wait(seat: Seat, timeout: float) -> Woken | None:
     assert isinstance(seat, _ThreadSeat)
-    _wait_for_any(seat.event, (seat,), timeout)
+    _wait_for_any(seat.bell, (seat,), timeout)
     return seat.turn
 
 
-def _wait_for_any(event: threading.Event, seats: tuple[Seat, ...], timeout: float) -> None:
+def _wait_for_any(bell: Any, seats: tuple[Seat, ...], timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while all(seat.turn is None for seat in seats):
         left = deadline - time.monotonic()
         if left <= 0:
             return
-        event.wait(left)
-        event.clear()
+        bell.acquire(timeout=min(left, threading.TIMEOUT_MAX))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import socket
 import threading
 import time
 import weakref
@@ -42,41 +43,44 @@ class Tracker:
         settings = {**pool.connection_kwargs, "protocol": 3, "retry": Retry(NoBackoff(), 0)}
         self._make: Callable[[], Any] = lambda: pool.connection_class(**settings)
         self._locals: dict[str, weakref.WeakSet[Local]] = {}
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()  # its lock may be taken twice: `close` may come amid anything
         self._thread: threading.Thread | None = None
-        self._closed = threading.Event()
+        self._closed = False
         self._link: Any = None
         self._lease = 1.0
         self._backoff = _SHORTEST_BACKOFF
 
     def follow(self, prefix: str, local: Local, lease: float) -> None:
         """Tell a local cache of all changes under a prefix, from now on."""
-        with self._lock:
+        with self._changed:
             self._lease = min(self._lease, lease)
+            known = prefix in self._locals
             self._locals.setdefault(prefix, weakref.WeakSet()).add(local)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="memolock-tracker", daemon=True)
                 self._thread.start()
-            else:
+            elif not known:
                 self._hang_up()  # to ask for the new prefix with the next connection
 
-    def close(self) -> None:
-        """Stop, for good."""
-        with self._lock:
-            self._closed.set()
+    def close(self, wait: bool = True) -> None:
+        """Stop, for good, and wait until the thread has ended."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
             self._hang_up()
             thread = self._thread
-        if thread not in (None, threading.current_thread()):
+        if wait and thread not in (None, threading.current_thread()):
             thread.join()
 
     def _hang_up(self) -> None:
         if self._link is not None:
+            # Not that of an SSLSocket: it takes away what its other thread is reading with.
             with contextlib.suppress(Exception):
-                self._link._sock.shutdown(2)
+                socket.socket.shutdown(self._link._sock, socket.SHUT_RDWR)
 
     def _run(self) -> None:
         complained = False
-        while not self._closed.is_set():
+        while not self._closed:
             try:
                 self._attend()
             except redis.ResponseError as error:  # no RESP3, or not allowed to
@@ -85,19 +89,22 @@ class Tracker:
                     logger.warning("memolock keeps nothing locally, as the server does not track keys: %s", error)
             except (redis.RedisError, OSError, hiredis.ProtocolError) as error:
                 logger.debug("memolock lost the link of its local caches: %s", error)
+            except Exception:
+                logger.exception("memolock's link of its local caches failed and starts anew")
             finally:
                 for local in self._all():
                     local.cut()
                 if self._link is not None:
                     self._link.disconnect()
                     self._link = None
-            self._closed.wait(self._backoff * (0.5 + random.random()))
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed, self._backoff * (0.5 + random.random()))
             self._backoff = min(2 * self._backoff, _LONGEST_BACKOFF)
 
     def _attend(self) -> None:
         link = self._make()
         link.connect()
-        with self._lock:
+        with self._changed:
             prefixes = [part for prefix in self._locals for part in ("PREFIX", prefix)]
             lease = self._lease
             self._link = link
@@ -109,7 +116,7 @@ class Tracker:
         ping = link.pack_command("PING")
         asked: float | None = None  # when the PING was sent that is not answered yet
         due = 0.0
-        while not self._closed.is_set():
+        while not self._closed:
             now = time.monotonic()
             if now >= due:
                 if asked is not None and now - asked > max(5 * lease, 5.0):
@@ -130,14 +137,14 @@ class Tracker:
             while (message := reader.gets()) is not _NOT_YET:
                 if isinstance(message, hiredis.PushNotification):
                     if message[0] == _INVALIDATE:
-                        self._changed(message[1])
+                        self._drop(message[1])
                 elif asked is not None:
                     self._backoff = _SHORTEST_BACKOFF
                     for local in self._all():
                         local.proved(asked)
                     asked = None
 
-    def _changed(self, keys: list[bytes] | None) -> None:
+    def _drop(self, keys: list[bytes] | None) -> None:
         if keys is None:  # FLUSHALL
             for local in self._all():
                 local.drop_all()
@@ -148,5 +155,5 @@ class Tracker:
                 local.drop(key)
 
     def _all(self) -> list[Local]:
-        with self._lock:
+        with self._changed:
             return [local for locals_ in self._locals.values() for local in locals_]

@@ -5,8 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .errors import StoreUnavailable
-from .protocol import Core, Get, GetAll, Listen, RunAll, Script, TakeSeat, TakeSeats, Wait, WaitForAny
+from .errors import DispatchError, StoreUnavailable
+from .protocol import (
+    Core,
+    Dispatch,
+    Get,
+    GetAll,
+    Listen,
+    Onward,
+    RunAll,
+    Script,
+    ServerTime,
+    TakeSeat,
+    TakeSeats,
+    Wait,
+    WaitForAny,
+)
 
 __all__ = ["weave"]
 
@@ -34,13 +48,20 @@ class _Thread:
         try:
             self.effect = step()
         except StopIteration as stop:
-            self.over, self.result = True, stop.value
+            if isinstance(stop.value, Onward):
+                self.core = stop.value.core
+                self.send(None)
+            else:
+                self.over, self.result = True, stop.value
         except BaseException as error:
             self.over, self.error = True, error
 
 
-def weave(cores: Sequence[Core[Any]], clock: Callable[[], float]) -> Core[list[Any]]:
+def weave(cores: Sequence[Core[Any]], clock: Callable[[], float], in_turn: bool = False) -> Core[list[Any]]:
     """Drive cores side by side → for each its result, or the exception that it raised.
+
+    Where the caller computes what is missing in this very thread (`in_turn`), each core that has to join a flight does
+    so only when the one before it has ended: what it won earlier would not be run, nor its looks be taken.
 
     A batch is one trip where the cores ask for alike things: the first look at all entries, and the looks for all that
     are missing. An interruption of a batch (KeyboardInterrupt, a cancellation) is raised inside each core, which then
@@ -50,15 +71,20 @@ def weave(cores: Sequence[Core[Any]], clock: Callable[[], float]) -> Core[list[A
     for thread in threads:
         thread.send(None)
     interrupted: BaseException | None = None
+    undelivered: DispatchError | None = None
     while active := [thread for thread in threads if not thread.over]:
-        batch = _next_batch(active)
+        batch = _next_batch(active, in_turn)
         try:
+            if undelivered is not None and isinstance(batch[0].effect, Dispatch):
+                raise undelivered  # each more would wait for the same broker, one after the other
             yield from _perform(batch, clock)
         except GeneratorExit:
             for thread in active:
                 thread.core.close()
             raise
         except Exception as error:
+            if isinstance(error, DispatchError):
+                undelivered = error
             for thread in batch:
                 thread.throw(_another(error))
         except BaseException as error:
@@ -70,9 +96,12 @@ def weave(cores: Sequence[Core[Any]], clock: Callable[[], float]) -> Core[list[A
     return [thread.result if thread.error is None else thread.error for thread in threads]
 
 
-def _next_batch(active: list[_Thread]) -> list[_Thread]:
+def _next_batch(active: list[_Thread], in_turn: bool) -> list[_Thread]:
     """Return those whose effects can be performed together; to wait is what is left when nobody has anything to do."""
-    for kind in (Get, Listen, TakeSeat, Script):
+    if in_turn:
+        reading = [thread for thread in active if not isinstance(thread.effect, TakeSeat)]
+        active = reading or active[:1]  # to take a seat is to join
+    for kind in (Get, ServerTime, Listen, TakeSeat, Script):
         batch = [thread for thread in active if isinstance(thread.effect, kind)]
         if batch:
             return batch
@@ -92,6 +121,8 @@ def _perform(batch: list[_Thread], clock: Callable[[], float]) -> Core[None]:
             replies = [None] * len(batch)
         case TakeSeat():
             replies = yield TakeSeats(len(batch))
+        case ServerTime():
+            replies = [(yield effects[0])] * len(batch)
         case Script():
             replies = yield RunAll(tuple(effects))
         case Wait():

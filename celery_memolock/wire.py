@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha1
 from importlib.resources import files
-from typing import Any
+from typing import Any, Final
 
+from .errors import FlightFailed
 from .protocol import (
     Acquire,
     Claim,
@@ -15,20 +16,31 @@ from .protocol import (
     Defer,
     Disown,
     Done,
+    Expire,
+    Index,
     Invalidate,
     Leave,
+    Members,
     Put,
+    Query,
     Renew,
+    Report,
     Requeue,
     Run,
+    Scan,
     Script,
+    ServerTime,
     Settle,
     Skip,
     Waiting,
+    Withdraw,
     Won,
 )
 
-__all__ = ["Source", "arguments", "digest", "load", "parse_notice", "reply", "script_of"]
+__all__ = ["Source", "answer", "arguments", "command", "digest", "load", "parse_notice", "reply", "script_of"]
+
+#: How many keys are looked at in one trip.
+_BATCH: Final = 500
 
 Argument = str | bytes | int
 
@@ -63,7 +75,7 @@ def script_of(effect: Script) -> Source:
 def arguments(effect: Script, inbox: str) -> tuple[Argument, ...]:
     """Return ARGV of an effect's script; `inbox` is this process's."""
     match effect:
-        case Acquire(_, options, nonce, mode, seen, following, register, wanted, park, crashed):
+        case Acquire(_, options, nonce, mode, seen, following, register, wanted, park, crashed, since, holder):
             return (
                 nonce,
                 mode,
@@ -77,6 +89,11 @@ def arguments(effect: Script, inbox: str) -> tuple[Argument, ...]:
                 _ms(park),
                 crashed.form,
                 crashed.body,
+                since or "",
+                holder,
+                _ms(options.lease),
+                options.max_overlap,
+                _ms(options.error_ttl_of(FlightFailed())),
             )
         case Confirm(_, fence, lease):
             return fence, _ms(lease)
@@ -94,19 +111,29 @@ def arguments(effect: Script, inbox: str) -> tuple[Argument, ...]:
                 _ms(park),
                 crashed.form,
                 crashed.body,
+                _ms(options.error_ttl_of(FlightFailed())),
             )
-        case Renew(_, run, lease):
-            return run.fence, run.attempt, _ms(lease)
+        case Renew(_, run, lease, external):
+            return run.fence, run.attempt, _ms(lease), int(external)
+        case Report(_, run, number, progress):
+            return run.fence, run.attempt, b"%d %d %s" % (run.attempt, number, progress)
         case Requeue(_, run, retries, lease):
             return run.fence, run.attempt, retries, _ms(lease)
-        case Settle(_, run, kind, outcome, ttl, park, fleeting):
-            return run.fence, run.attempt, kind, outcome.form, outcome.body, _ms(ttl), _ms(park), int(fleeting)
-        case Disown(_, fence, holder, outcome, park):
+        case Settle(_, run, kind, outcome, ttl, keep, park, fleeting):
+            times = _ms(ttl), _ms(keep), _ms(park)
+            return run.fence, run.attempt, kind, outcome.form, outcome.body, *times, int(fleeting)
+        case Disown(_, fence, holder, outcome, park, ttl):
             form, body = (outcome.form, outcome.body) if outcome else ("", "")
-            return fence, holder, form, body, _ms(park)
-        case Put(_, nonce, outcome, ttl, park, fleeting):
-            return nonce, outcome.form, outcome.body, _ms(ttl), _ms(park), int(fleeting)
+            return fence, holder, form, body, _ms(park), _ms(ttl)
+        case Put(_, nonce, outcome, ttl, keep, park, fleeting):
+            return nonce, outcome.form, outcome.body, _ms(ttl), _ms(keep), _ms(park), int(fleeting)
+        case Expire(_, keep):
+            return (_ms(keep),)
+        case Index(_, entry, life):
+            return entry, _ms(life)
         case Invalidate(_, nonce, park):
+            return nonce, _ms(park)
+        case Withdraw(_, nonce, park):
             return nonce, _ms(park)
         case Leave(_, place):
             return place.fence, inbox, place.sequence
@@ -120,10 +147,12 @@ def reply(effect: Script, raw: Any) -> Any:
             match raw:
                 case [b"DONE", outcome]:
                     return Done(outcome)
-                case [b"WAIT", fence, left, state, since]:
-                    return Waiting(fence.decode(), left / 1000, state.decode(), since / 1000)
-                case [b"WIN", fence, lease]:
-                    return Won(fence.decode(), lease / 1000)
+                case [b"WAIT", fence, left, state, since, now, progress]:
+                    return Waiting(fence.decode(), left / 1000, state.decode(), since / 1000, int(now), progress)
+                case [b"WIN", fence, lease, now]:
+                    return Won(fence.decode(), lease / 1000, int(now))
+                case [b"RUN", fence, lease, now]:
+                    return Won(fence.decode(), lease / 1000, int(now), Run(fence.decode(), 1))
         case Claim():
             match raw:
                 case [b"RUN", fence, attempt]:
@@ -134,11 +163,37 @@ def reply(effect: Script, raw: Any) -> Any:
                     return Skip(reason.decode())
         case Leave():
             return (raw[0].decode(), raw[1] / 1000) if raw else None
-        case Confirm() | Disown() | Invalidate():
+        case Confirm() | Disown() | Expire() | Invalidate() | Report():
             return bool(raw)
+        case Index() | Withdraw():
+            return None
         case Renew() | Requeue() | Settle() | Put():
             return raw.decode()
     raise TypeError(f"{type(effect).__name__} got an answer of no known form: {raw!r}")
+
+
+def command(query: Query) -> tuple[Argument, ...]:
+    """Return the command that a query is."""
+    match query:
+        case ServerTime():
+            return ("TIME",)
+        case Members(keys, cursor):
+            return "ZSCAN", keys.all[0], cursor, "COUNT", _BATCH
+        case Scan(pattern, cursor):
+            return "SCAN", cursor, "MATCH", pattern, "COUNT", _BATCH
+    raise TypeError(f"{type(query).__name__} has no command")
+
+
+def answer(query: Query, raw: Any) -> Any:
+    """Turn a command's reply into the answer that its query's docstring names."""
+    match query:
+        case ServerTime():
+            return int(raw[0]) * 1_000_000 + int(raw[1])
+        case Members():
+            return int(raw[0]), [name.decode() for name in raw[1][::2]]
+        case Scan():
+            return int(raw[0]), [name.decode() for name in raw[1]]
+    raise TypeError(f"{type(query).__name__} has no command")
 
 
 def parse_notice(data: bytes) -> tuple[str, bytes] | None:

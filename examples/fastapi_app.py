@@ -17,13 +17,14 @@ import sqlite3
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from urllib.parse import urlsplit
 
 from celery import Celery
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
-from celery_memolock import StoreUnavailable, WaitTimeout, memolocked_task
+from celery_memolock import StoreUnavailable, WaitTimeout, current_flight, memolocked_task
 
 REDIS_URL = os.environ.get("MEMOLOCK_REDIS_URL", "redis://localhost:6379/0")
 celery_app = Celery("fastapi_app", broker=os.environ.get("CELERY_BROKER_URL", REDIS_URL))
@@ -40,6 +41,7 @@ def stock(article: str) -> dict[str, object]:
     with sqlite3.connect(":memory:") as database:
         while time.monotonic() < until:
             rows += database.execute(query).fetchone()[0]
+            current_flight.progress(max(0.0, min(1.0, 1 - (until - time.monotonic()) / 10)), "reading")
     return {"article": article, "rows": rows, "run": f"{os.getpid()} at {until}"}
 
 
@@ -47,6 +49,18 @@ def stock(article: str) -> dict[str, object]:
 async def show(article: str) -> dict[str, object]:
     """Show the report: from the cache, or after the one task that makes it for all who ask now."""
     return await stock.aget_cached(article)
+
+
+@app.get("/stock/{article}/events")
+async def follow(article: str) -> StreamingResponse:
+    """Send how far the report is as server-sent events, and the report itself as the last."""
+
+    async def events() -> AsyncIterator[str]:
+        async for progress in stock.afollow(article):
+            yield f"event: progress\ndata: {progress.fraction:.2f}\n\n"
+        yield f"event: report\ndata: {json.dumps(await stock.aget_cached(article))}\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream")
 
 
 @app.post("/stock/{article}/sold")

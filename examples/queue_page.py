@@ -7,8 +7,11 @@ start the worker and the site, each in a shell of its own:
     celery -A examples.queue_page:celery_app worker
     gunicorn --workers 3 --threads 64 examples.queue_page:app
 
-and open http://127.0.0.1:8000/queue/sale?user=7. With MEMOLOCK_DEMO_MODE=none or ttl the site counts without a cache,
-or with a plain one. `celery-memolock demo` does all this, and puts the site under load.
+and open http://127.0.0.1:8000/queue/sale?user=7, or http://127.0.0.1:8000/queue/sale/watch: its bar shows how far the
+worker is, which says so while it counts; /queue/sale/events passes that on as server-sent events.
+
+With MEMOLOCK_DEMO_MODE=none or ttl the site counts without a cache, or with a plain one. `celery-memolock demo` does
+all this, and puts the site under load.
 """
 
 from celery_memolock.demo.page import app, celery_app, database

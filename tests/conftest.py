@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ from pathlib import Path
 import pytest
 
 from celery_memolock.server import Server, find_server_binary
+
+# A shell's job in the background ignores it, and so would all processes that are started here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def missing(what: str) -> None:
@@ -37,10 +42,15 @@ def server() -> Iterator[Server]:
         yield started
 
 
+def server_of(kind: str) -> Server:
+    """Return a server of a kind, to be started."""
+    return Server(binary=_binary(kind))
+
+
 @pytest.fixture(scope="session", params=["valkey", "redis"])
 def any_server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """Each kind of server in turn."""
-    with Server(binary=_binary(request.param)) as started:
+    with server_of(request.param) as started:
         yield started
 
 

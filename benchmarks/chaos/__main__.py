@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.chaos.broken import MUTANTS
+from benchmarks.chaos.broken import NAMES
 from benchmarks.chaos.storm import FAULTS, Storm
 from benchmarks.harness import record, spread
 
@@ -72,7 +72,7 @@ def main() -> int:
         "--broker", default="", help="URL of a broker that is the storm's alone (default: an own Redis)"
     )
     parser.add_argument("--fault", choices=["", *FAULTS], default="", help="only this one")
-    parser.add_argument("--broken", choices=["", *sorted(MUTANTS)], default="", help="run a deliberately broken build")
+    parser.add_argument("--broken", choices=["", *sorted(NAMES)], default="", help="run a deliberately broken build")
     parser.add_argument("--json", type=Path, help="write the report to this file")
     args = parser.parse_args()
 

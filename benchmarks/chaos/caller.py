@@ -8,29 +8,32 @@ import random
 import sys
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from benchmarks.chaos.tasks import WAIT, SourceDown, app, value, witness
+from benchmarks.chaos.tasks import LOCAL_LEASE, WAIT, SourceDown, app, kept, value, witness
 from celery_memolock import MemoLockError, WaitTimeout
 from celery_memolock.engines.celery import store_of
 
-KEYS = 5
+TASKS = {"k0": value, "k1": value, "k2": value, "k3": value, "kept0": kept, "kept1": kept}
 THREADS = 10
 Call = Callable[..., Any]
 PATIENCE = 10.0  # seconds beyond wait_timeout after which a call counts as hung
+#: How old, in seconds, news of a change may be where values are kept: the lease, and the delays of a busy machine.
+LATE = LOCAL_LEASE + 1.0
 
 
-def from_threads(name: str, *arguments: Any) -> Any:
+def from_threads(name: str, key: str, *value: Any) -> Any:
     """Call a caller method in this thread."""
-    return getattr(value.with_options(wait_timeout=WAIT), name)(*arguments)
+    return getattr(TASKS[key].with_options(wait_timeout=WAIT), name)(*value, key)
 
 
-def from_asyncio(name: str, *arguments: Any) -> Any:
+def from_asyncio(name: str, key: str, *value: Any) -> Any:
     """Call its twin in the process's event loop."""
-    method = getattr(value.with_options(wait_timeout=WAIT), f"a{name}")
-    return asyncio.run_coroutine_threadsafe(method(*arguments), the_loop()).result()
+    method = getattr(TASKS[key].with_options(wait_timeout=WAIT), f"a{name}")
+    return asyncio.run_coroutine_threadsafe(method(*value, key), the_loop()).result()
 
 
 @cache
@@ -41,11 +44,30 @@ def the_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+class News:
+    """What was read of the versions whose invalidation was acknowledged, and when."""
+
+    def __init__(self) -> None:
+        self._read: defaultdict[str, deque[tuple[float, int]]] = defaultdict(deque)
+
+    def of(self, key: str) -> int:
+        """Return the version that an answer must have at least."""
+        version = int(witness.get(f"acknowledged:{key}") or 0)  # type: ignore[arg-type]
+        if TASKS[key] is value:
+            return version
+        read, now = self._read[key], time.monotonic()
+        read.append((now, version))
+        while len(read) > 1 and read[1][0] <= now - LATE:
+            read.popleft()
+        return read[0][1] if read[0][0] <= now - LATE else 0
+
+
 def ask(call: Call, rng: random.Random, until: float) -> None:
     """Ask for values, and hold each against what was acknowledged before the call."""
+    news = News()
     while time.monotonic() < until:
-        key = f"k{rng.randrange(KEYS)}"
-        acknowledged = int(witness.get(f"acknowledged:{key}") or 0)  # type: ignore[arg-type]
+        key = rng.choice(list(TASKS))
+        acknowledged = news.of(key)
         began = time.monotonic()
         try:
             answer = call("get_cached", key)
@@ -73,14 +95,14 @@ def ask(call: Call, rng: random.Random, until: float) -> None:
 def change(call: Call, rng: random.Random, until: float) -> None:
     """Change the source and invalidate, now and then in a burst; sometimes set the value, sometimes refresh."""
     while time.monotonic() < until:
-        key = f"k{rng.randrange(KEYS)}"
+        key = rng.choice(list(TASKS))
         try:
             # Who sets a value must not be late: nobody else knows that it is older than what came meanwhile.
             with witness.lock(f"lock:{key}", timeout=30):
                 for _ in range(10 if rng.random() < 0.1 else 1):
                     version = witness.incr(f"source:{key}")
                     if rng.random() < 0.2:
-                        call("set_cached", [key, version, "set"], key)
+                        call("set_cached", key, [key, version, "set"])
                     else:
                         call("invalidate", key)
                     witness.set(f"acknowledged:{key}", version)

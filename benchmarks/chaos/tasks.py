@@ -6,12 +6,13 @@ import json
 import os
 import random
 import time
+from typing import Any
 
 import redis
 from celery import Celery, signals
 
 from benchmarks.chaos.broken import break_build
-from celery_memolock import memolocked_task
+from celery_memolock import current_flight, memolocked_task
 
 WAIT = 20.0
 
@@ -37,24 +38,34 @@ class SourceDown(Exception):
     """What the task raises now and then."""
 
 
-@memolocked_task(
-    app=app,
-    name="chaos.value",
-    ttl=2,
-    lease=1,
-    dispatch_lease=2,
-    queue_timeout=5,
-    wait_timeout=WAIT,
-    poll_interval=0.5,
-    max_poll_interval=2,
-    max_crashes=100,
-)
+OPTIONS: dict[str, Any] = {
+    "ttl": 2,
+    "lease": 1,
+    "dispatch_lease": 2,
+    "queue_timeout": 5,
+    "wait_timeout": WAIT,
+    "poll_interval": 0.5,
+    "max_poll_interval": 2,
+    "max_crashes": 100,
+}
+LOCAL_LEASE = 0.5
+
+
+@memolocked_task(app=app, name="chaos.value", **OPTIONS)
 def value(key: str) -> list[object]:
     """Read the source's version, take a while, and return it; some values are too large to ride along."""
-    request: object = value.request
-    run = request.memolock_flight.run  # type: ignore[attr-defined]
+    return look_up(key)
+
+
+@memolocked_task(app=app, name="chaos.kept", local_ttl=2, local_lease=LOCAL_LEASE, **OPTIONS)
+def kept(key: str) -> list[object]:
+    """Do the same; callers keep the value in their processes."""
+    return look_up(key)
+
+
+def look_up(key: str) -> list[object]:
     version = int(witness.get(f"source:{key}") or 0)  # type: ignore[arg-type]
-    witness.rpush("runs", json.dumps([key, run.fence, run.attempt, version, time.monotonic()]))
+    witness.rpush("runs", json.dumps([key, current_flight.fence, current_flight.attempt, version, time.monotonic()]))
     time.sleep(random.random() * 0.3)
     if random.random() < 0.03:
         raise SourceDown(key)

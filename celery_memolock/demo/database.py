@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -17,6 +17,7 @@ ADMITTED: Final = 500
 BUSY_MS: Final = 30.0  # a count has to take at least this long
 STEP: Final = 200_000
 MOST_ROWS: Final = 2_000_000
+PARTS: Final = 10  # of one count, to say in between how far it is
 
 
 class Database:
@@ -52,10 +53,25 @@ class Database:
             if took >= BUSY_MS or rows >= MOST_ROWS:
                 return rows
 
-    def count_waiting(self, page: str) -> int:
-        """Count who waits for a page. There is no index for it: the whole table is read."""
-        query = f"SELECT count(*) FROM memolock_demo_visitor WHERE page = {self._mark} AND state = 'waiting'"
-        return int(self._fetch(query, page)[0])
+    def count_waiting(self, page: str, told: Callable[[float], object] = lambda _: None) -> int:
+        """Count who waits for a page. There is no index for it: the whole table is read.
+
+        Args:
+            page: which.
+            told: called after each tenth of the table with the fraction that is done.
+        """
+        mark = self._mark
+        query = (
+            "SELECT count(*) FROM memolock_demo_visitor "
+            f"WHERE page = {mark} AND state = 'waiting' AND id > {mark} AND id <= {mark}"
+        )
+        waiting = 0
+        with self._snapshot():
+            rows = int(self._fetch("SELECT coalesce(max(id), 0) FROM memolock_demo_visitor")[0])
+            for part in range(PARTS):
+                waiting += self._fetch(query, page, part * rows // PARTS, (part + 1) * rows // PARTS)[0]
+                told((part + 1) / PARTS)
+        return waiting
 
     def is_in(self, user: int) -> bool:
         """Tell whether a visitor has been let in; reads one row by its primary key."""
@@ -116,6 +132,15 @@ class Database:
                 connection.execute("PRAGMA journal_mode = WAL")
                 self._local.connection = connection
         return self._local.connection
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        """Let all that is read in the block be of one moment, whoever is let in meanwhile."""
+        self._run("BEGIN ISOLATION LEVEL REPEATABLE READ" if self._postgres else "BEGIN")
+        try:
+            yield
+        finally:
+            self._run("ROLLBACK")  # nothing was written
 
     @contextmanager
     def _cursor(self) -> Any:

@@ -6,17 +6,13 @@ import importlib
 import inspect
 import logging
 import os
-import threading
-import time
 import weakref
 from collections.abc import Callable, Mapping
-from contextvars import copy_context
 from dataclasses import fields
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Literal, TypeVar, overload
 
 import celery
-import redis
 from celery import signals
 from celery.exceptions import Ignore, Reject, Retry
 from celery.local import Proxy
@@ -25,6 +21,8 @@ from kombu import serialization
 from kombu.exceptions import EncodeError as KombuEncodeError
 from typing_extensions import ParamSpec
 
+from ..aio import InThreads
+from ..bounded import TooSlow, within
 from ..codec import Codec, pack_error
 from ..errors import (
     ArgumentError,
@@ -35,38 +33,29 @@ from ..errors import (
     OptionError,
     StoreUnavailable,
 )
-from ..keys import KeyMaker, Keys
-from ..memo import CallerMethods, Memo, computing
-from ..options import CALL_OPTIONS, Options
-from ..protocol import (
-    Call,
-    Defer,
-    Disown,
-    GoesOn,
-    Raised,
-    Requeue,
-    Returned,
-    Run,
-    Skip,
-    Ticket,
-    compute,
-    drive,
-)
-from ..store import Store
-from ..sync import Driver
+from ..flight import Flight, grounded
+from ..keys import KeyMaker
+from ..memo import CallerMethods, Memo
+from ..options import OF_A_TASK, Options
+from ..protocol import Defer, Disown, Finished, GoesOn, Raised, Returned, Ticket
+from ..shape import Shape
+from ..store import Store, Stores, client_of
+from ..work import Outcome, Work, holder_of, read_ticket, unsendable, write_ticket
 
 __all__ = ["MemoLockTask", "memolocked_task"]
 
 logger = logging.getLogger("celery_memolock")
 P = ParamSpec("P")
 R = TypeVar("R")
+Ttl = float | timedelta | Callable[[Any], float]
 
 #: Which apps there are, and which task runs: the stubs know half of it.
 _state: Any = importlib.import_module("celery._state")
 
 _HEADER = "memolock"
+_REFRESH = {"refresh": True}
+_REFRESHING: dict[str, Any] = {_HEADER: _REFRESH}
 _OPTION_NAMES = frozenset(f.name for f in fields(Options))
-_MOST_STUCK = 64
 
 #: Seconds until a message comes again that a worker could not claim, having no way to the server. Another may have one.
 _PUT_BACK = 1.0
@@ -102,7 +91,11 @@ class MemoLockTask(_Task[P, R], CallerMethods[P, R]):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__dict__.get("memolock") is not None:
-            Options.build(cls.__dict__["memolock"])
+            checked = Options.build(cls.__dict__["memolock"])
+            run: Any = cls.run
+            if run is not celery.Task.run:
+                static = isinstance(inspect.getattr_static(cls, "run"), staticmethod)
+                _check(str(cls.name or cls.__name__), run, checked, bound=not static)
 
     @property
     def memo(self) -> Memo[P, R]:
@@ -120,20 +113,45 @@ class MemoLockTask(_Task[P, R], CallerMethods[P, R]):
             bound = inspect.ismethod(run)
             check = head_from_fun(run.__func__ if bound else run, bound=bound)  # fails as the call itself would
             maker = KeyMaker(self.name, inspect.signature(run), options, check)
-            self._memo = Memo(self.name, _CeleryEngine(self), options, maker, Codec(self.name, options))
+            shape = Shape.of(self.name, run) if options.typed else None
+            self._memo = Memo(self.name, _CeleryEngine(self), options, maker, Codec(self.name, options, shape))
         return self._memo
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task: as a flight if its message carries a ticket, else as any Celery task."""
         request: Any = self.request
         if request.called_directly or getattr(request, "memolock_entered", False):
-            return super().__call__(*args, **kwargs)
+            with grounded():
+                return super().__call__(*args, **kwargs)
         # A plain call of this task from inside its own run comes by here too, and must not be the flight again.
         request.memolock_entered = True
+        if (request.headers or {}).get(_HEADER) == _REFRESH:
+            memo = self.memo.override({"nested": "inline"})  # what this message does is the run itself
+            memo.run(memo.refresh(args, kwargs))
+            return None
         ticket = ticket_in(request.headers)
         if ticket is None:
-            return self.run(*args, **kwargs)
+            with grounded():
+                return self.run(*args, **kwargs)
         return _Flight(self, ticket).fly(args, kwargs)
+
+    @classmethod
+    def on_bound(cls, app: Any) -> None:
+        """Tell Celery beat of the values that must never be missing."""
+        super().on_bound(app)
+        if cls.memolock is None or not cls.memolock.get("refresh_every"):
+            return
+        options = Options.build(cls.memolock, _defaults(app))
+        for args in options.refresh_calls:
+            signature = app.signature(cls.name, args=args, headers=_REFRESHING, ignore_result=True)
+            app.add_periodic_task(options.refresh_every, signature, name=f"memolock {cls.name}{args!r}")
+
+    def refresher(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Return a Celery signature that does what `refresh` does, to be scheduled, delayed or put into a canvas.
+
+        The worker that runs it computes the value itself, unless a flight of the key is under way.
+        """
+        return self.signature(args, kwargs, headers=_REFRESHING, ignore_result=True)
 
     def retry(
         self,
@@ -161,58 +179,42 @@ class _Flight:
     def __init__(self, task: MemoLockTask[Any, Any], ticket: Ticket) -> None:
         self._task = task
         self._ticket = ticket
-        self._engine = _CeleryEngine(task)
-        memo = task.memo
-        # A web process of another version may know other options.
-        overrides = {name: value for name, value in ticket.overrides.items() if name in CALL_OPTIONS}
-        self._call = Call(task.name, ticket.keys, memo.options.override(overrides), memo.codec)
-        self.run: Run | None = None
+        self._work: Work | None = None
         self._goes_on = False
         self._left_by: BaseException | None = None
 
     def fly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Claim, run and settle. Raises what the run raised, or `Ignore` where there is nothing to run."""
         request: Any = self._task.request
-        outcome: Returned | Raised | GoesOn | None = None
-
-        def body(run: Run) -> Returned | Raised | GoesOn:
-            nonlocal outcome
-            self.run = run
-            request.memolock_flight = self
-            token = computing.set((*self._ticket.chain, self._ticket.keys.entry))
-            try:
-                outcome = self._outcome(args, kwargs)
-            finally:
-                computing.reset(token)
-                request.memolock_flight = None
-            return outcome
-
         holder = holder_of(request.hostname, os.getppid(), os.getpid())
         redelivered = bool((request.delivery_info or {}).get("redelivered"))
-        work = compute(self._call, self._ticket, holder, request.retries, redelivered, time.monotonic)
+        engine = _CeleryEngine(self._task)
+        work = Work(engine, self._task.memo, self._ticket, args, kwargs, holder, request.retries, redelivered)
+        self._work = work
+
+        def body(flight: Flight) -> Outcome:
+            request.memolock_flight = self
+            try:
+                return self._outcome(flight, args, kwargs)
+            finally:
+                request.memolock_flight = None
+
         try:
-            done = drive(work, Driver(self._engine, body=body))
-        except StoreUnavailable as error:  # before the run: what comes after it is in what `compute` returns
-            logger.warning("memolock puts the message of key %s back: %s", self._call.keys.tag, error)
+            done = work.do(body)
+        except StoreUnavailable as error:  # before the run: what comes after it is in what `do` returns
+            logger.warning("memolock puts the message of key %s back: %s", self._ticket.keys.tag, error)
             self._send_again(args, kwargs, _PUT_BACK)
             raise Ignore from None
-        if isinstance(done, Skip):
-            logger.info("memolock skips a message of key %s: %s", self._call.keys.tag, done.reason)
-            raise Ignore
         if isinstance(done, Defer):
-            logger.info("memolock defers a message of key %s for %.1f s", self._call.keys.tag, done.delay)
             self._send_again(args, kwargs, done.delay)
+        if not isinstance(done, Finished):
             raise Ignore
-        if done.answer == "AGAIN":
-            self._refresh(args, kwargs)
         if self._left_by is not None:
             raise self._left_by
-        if done.answer is None:
-            logger.warning("memolock lost the value of key %s: %s", self._call.keys.tag, done.refused)
-        elif done.refused is not None:
+        if done.answer is not None and done.refused is not None:
             raise done.refused
-        assert isinstance(outcome, Returned)
-        return outcome.value
+        assert isinstance(work.outcome, Returned)
+        return work.outcome.value
 
     def requeue(self, retries: int, delay: float) -> None:
         """Put the flight back into the queue, before its message is sent again.
@@ -220,21 +222,14 @@ class _Flight:
         Raises:
             Ignore: an invalidation or a take-over made this flight worthless, and a retry would be in vain.
         """
-        assert self.run is not None
+        assert self._work is not None
         self._goes_on = True
-        lease = delay + self._call.options.queue_timeout
-        try:
-            answer = self._engine.store.run(Requeue(self._ticket.keys, self.run, retries, lease))
-        except StoreUnavailable as error:
-            # The message's higher count of retries shows the server that the earlier attempt is over.
-            logger.warning("memolock could not requeue key %s: %s", self._call.keys.tag, error)
-        else:
-            if answer != "OK":
-                raise Ignore(f"memolock does not retry a flight that is {answer.lower()}")
+        if not self._work.requeue(retries, delay):
+            raise Ignore("memolock does not retry a flight that an invalidation or another flight made worthless")
 
-    def _outcome(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Returned | Raised | GoesOn:
+    def _outcome(self, flight: Flight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         try:
-            return Returned(self._task.run(*args, **kwargs))
+            return flight.outcome(self._task.run(*args, **kwargs))
         except (Retry, Ignore, Reject) as left:
             self._left_by = left
             comes_back = isinstance(left, Reject) and vars(left)["requeue"] and self._task.acks_late
@@ -259,15 +254,8 @@ class _Flight:
             task: Any = self._task
             task.signature_from_request(request, args, kwargs, countdown=delay, retries=request.retries).apply_async()
 
-    def _refresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        try:
-            memo = self._task.memo.override({"nested": "dispatch"})
-            memo.run(memo.refresh(args, kwargs))
-        except MemoLockError as error:
-            logger.warning("memolock could not start the refresh that was asked for: %s", error)
 
-
-class _CeleryEngine:
+class _CeleryEngine(InThreads):
     """Sends flights as messages of one task, and runs them here where there is no worker to wait for."""
 
     def __init__(self, task: MemoLockTask[Any, Any]) -> None:
@@ -288,19 +276,34 @@ class _CeleryEngine:
         """Whether a Celery task is running in this thread."""
         return _state.get_current_worker_task() is not None
 
+    @property
+    def ends_with_job(self) -> bool:
+        """A process of Celery's lives on."""
+        return False
+
+    @property
+    def travels(self) -> bool:
+        """Flights are messages."""
+        return True
+
+    @property
+    def holder(self) -> str:
+        """None: an inline run is a Celery task as well, which claims for itself."""
+        return ""
+
     def send(self, ticket: Ticket, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: float) -> None:
         """Publish the flight's message; see `Engine.send`."""
         task = self._task
 
         def publish() -> None:
             # Nobody asks for this result by its task id, so it needs no place in a result backend.
-            task.apply_async(args, dict(kwargs), headers=_write_ticket(ticket), ignore_result=True)
+            task.apply_async(args, dict(kwargs), headers={_HEADER: write_ticket(ticket)}, ignore_result=True)
 
         try:
-            _within(timeout, publish)
+            within(timeout, publish)
         except (KombuEncodeError, TypeError) as error:
             raise self._unsendable(args, kwargs, error) from error
-        except _TooSlow as error:
+        except TooSlow as error:
             raise DispatchError(f"the broker at {self._broker()} {error}") from None
         except Exception as error:
             raise DispatchError(
@@ -311,53 +314,30 @@ class _CeleryEngine:
         """Run a flight, or without a ticket the bare task, in this thread; see `Engine.run_here`."""
         if ticket is None:
             return self._task.apply(args, dict(kwargs)).get(disable_sync_subtasks=False)
-        return self._task.apply(args, dict(kwargs), headers=_write_ticket(ticket), throw=False)
+        self._task.apply(args, dict(kwargs), headers={_HEADER: write_ticket(ticket)}, throw=False)
+        return None
 
     def _broker(self) -> str:
         return str(self._task.app.connection_for_write().as_uri())
 
     def _unsendable(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> ArgumentError:
-        serializer = self._task.serializer or self._task.app.conf.task_serializer
-        bound = inspect.signature(self._task.run).bind(*args, **kwargs)
-        for name, value in bound.arguments.items():
-            try:
-                serialization.dumps(value, serializer=serializer)
-            except Exception as why:
-                return ArgumentError(
-                    f"argument {name!r} of task {self._task.name!r}, a {type(value).__qualname__}, cannot be sent "
-                    f"with Celery's serializer {serializer!r}: {why}"
-                )
-        return ArgumentError(f"the arguments of task {self._task.name!r} cannot be sent: {error}")
+        name = self._task.serializer or self._task.app.conf.task_serializer
+        whose, call = f"task {self._task.name!r}", (self._task.run, args, kwargs)
+        found = unsendable(
+            whose, call, f"Celery's serializer {name!r}", lambda value: serialization.dumps(value, serializer=name)
+        )
+        return found or ArgumentError(f"the arguments of {whose} cannot be sent: {error}")
 
 
 # ---- the ticket in the message's headers -----------------------------------------------------------------------
 
 
-def _write_ticket(ticket: Ticket) -> dict[str, Any]:
-    return {
-        _HEADER: {
-            "entry": ticket.keys.entry,
-            "fence": ticket.fence,
-            "chain": list(ticket.chain),
-            "options": {
-                name: value.total_seconds() if isinstance(value, timedelta) else value
-                for name, value in ticket.overrides.items()
-            },
-        }
-    }
-
-
 def ticket_in(headers: Mapping[str, Any] | None) -> Ticket | None:
     """Return the ticket in a message's headers; None if it is no flight's."""
     header = (headers or {}).get(_HEADER)
-    if header is None:
+    if header is None or header == _REFRESH:
         return None
-    return Ticket(Keys(header["entry"]), header["fence"], tuple(header["chain"]), header["options"])
-
-
-def holder_of(hostname: str, main: int, child: int) -> str:
-    """Name the process that runs a flight: worker, main process, pool process."""
-    return f"{hostname}/{main}/{child}"
+    return read_ticket(header)
 
 
 def _until(eta: datetime) -> float:
@@ -365,58 +345,9 @@ def _until(eta: datetime) -> float:
     return max(0.0, (eta - now).total_seconds())
 
 
-# ---- sending within a time limit -------------------------------------------------------------------------------
-
-
-class _TooSlow(Exception):
-    pass
-
-
-_stuck: set[threading.Thread] = set()
-
-
-def _within(timeout: float, action: Callable[[], None]) -> None:
-    """Run an action in a thread of its own, and give it up after a time: a frozen broker blocks for over 40 s.
-
-    Threads that are given up end with their socket's time-out; there are never more than a few.
-    """
-    _stuck.difference_update([thread for thread in _stuck if not thread.is_alive()])
-    if len(_stuck) >= _MOST_STUCK:
-        raise _TooSlow(f"still blocks {len(_stuck)} earlier messages")
-    failure: list[BaseException] = []
-    done = threading.Event()
-    context = copy_context()
-
-    def act() -> None:
-        try:
-            context.run(action)
-        except BaseException as error:  # it is raised in the thread that waits
-            failure.append(error)
-        finally:
-            done.set()
-
-    thread = threading.Thread(target=act, name="memolock-send", daemon=True)
-    thread.start()
-    if not done.wait(timeout):
-        _stuck.add(thread)
-        raise _TooSlow(f"did not take a message within {timeout:g} s")
-    if failure:
-        raise failure[0]
-
-
 # ---- apps and their servers ------------------------------------------------------------------------------------
 
-_stores: weakref.WeakKeyDictionary[Any, Store] = weakref.WeakKeyDictionary()
-_stores_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _stores_lock
-    _stores_lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+_stores = Stores()
 
 
 def store_of(app: Any) -> Store:
@@ -425,31 +356,30 @@ def store_of(app: Any) -> Store:
     Raises:
         ConfigurationError: none is named, or its URL cannot be used.
     """
-    store = _stores.get(app)
-    if store is None:
-        with _stores_lock:
-            store = _stores.get(app)
-            if store is None:
-                store = _stores[app] = _make_store(app)
-                # Not at exit: there the threads are daemons, and nothing is worth waiting for.
-                weakref.finalize(app, store.close).atexit = False
-    return store
+    return _stores.of(app, _make_store)
 
 
 def _make_store(app: Any) -> Store:
     conf = app.conf
     prefix = conf.get("memolock_prefix") or "memolock"
-    given = conf.get("memolock_redis_url") or os.environ.get("MEMOLOCK_REDIS_URL")
-    if isinstance(given, redis.Redis):
-        return Store(given, prefix)
-    for url in (given, conf.broker_url, conf.result_backend):
-        first = url[0] if isinstance(url, list | tuple) and url else url
-        if isinstance(first, str) and (given or first.startswith(("redis://", "rediss://", "redis+socket://"))):
-            return Store.from_url(first, prefix)
+    for name, given in (
+        ("memolock_redis_url", conf.get("memolock_redis_url")),
+        ("MEMOLOCK_REDIS_URL", os.environ.get("MEMOLOCK_REDIS_URL")),
+    ):
+        if given:
+            return Store(client_of(_first(given), name), prefix)
+    for name in ("broker_url", "result_backend"):
+        url = _first(conf.get(name))
+        if isinstance(url, str) and url.startswith(("redis://", "rediss://", "redis+socket://")):
+            return Store(client_of(url, name), prefix)
     raise ConfigurationError(
         f"memolock has no Redis for {app!r}: set app.conf.memolock_redis_url (a URL or a redis.Redis) or the "
         f"environment variable MEMOLOCK_REDIS_URL, or use Redis as broker or result backend"
     )
+
+
+def _first(url: Any) -> Any:
+    return url[0] if isinstance(url, list | tuple) and url else url
 
 
 def _defaults(app: Any) -> dict[str, Any]:
@@ -461,7 +391,7 @@ def _defaults(app: Any) -> dict[str, Any]:
         name = str(key).lower().removeprefix(start)
         if not str(key).lower().startswith(start) or name == "redis_url":
             continue
-        if name not in _OPTION_NAMES or name in ("ttl", "key", "ignore"):
+        if name not in _OPTION_NAMES or name in OF_A_TASK:
             raise OptionError(f"{key} in the Celery configuration is no default that memolock knows")
         found[name] = conf.get(f"memolock_{name}")
     return found
@@ -544,24 +474,24 @@ _CELERY_OPTIONS = frozenset(
 
 @overload
 def memolocked_task(
-    *, ttl: float | timedelta, bind: Literal[True], app: Any = None, **options: Any
+    *, ttl: Ttl, bind: Literal[True], app: Any = None, **options: Any
 ) -> Callable[[Callable[Concatenate[Any, P], R]], MemoLockTask[P, R]]: ...
 
 
 @overload
 def memolocked_task(
-    *, ttl: float | timedelta, bind: Literal[False] = False, app: Any = None, **options: Any
+    *, ttl: Ttl, bind: Literal[False] = False, app: Any = None, **options: Any
 ) -> Callable[[Callable[P, R]], MemoLockTask[P, R]]: ...
 
 
-def memolocked_task(*, ttl: float | timedelta, app: Any = None, **options: Any) -> Any:
+def memolocked_task(*, ttl: Ttl, app: Any = None, **options: Any) -> Any:
     """Make a Celery task whose callers share one cached value, and one run when it is missing.
 
     It binds to the app as Celery's `shared_task` does, but from every thread: with one app in the process that is the
     app; with several, name it.
 
     Args:
-        ttl: seconds that a value is served.
+        ttl: seconds that a value is fresh, or a function that is given the value and returns that.
         app: the app, where a process has several. Default: the only one, or the one made the default.
         options: all other fields of `Options`, and all options of Celery's ``app.task``. Where both have one of
             that name (`serializer`, `compression`), it is the value's; for the message's own, use
@@ -583,10 +513,7 @@ def memolocked_task(*, ttl: float | timedelta, app: Any = None, **options: Any) 
     def decorate(function: Callable[..., Any]) -> Any:
         if inspect.iscoroutinefunction(function):
             raise OptionError(f"{function.__qualname__} is an async function, which Celery's workers do not run")
-        signature = inspect.signature(function)
-        if options.get("bind"):
-            signature = signature.replace(parameters=list(signature.parameters.values())[1:])
-        KeyMaker(function.__name__, signature, checked)
+        _check(function.__name__, function, checked, bound=bool(options.get("bind")))
         if app is not None:
             # Celery would register the task with all other apps of the process as well.
             return app.task(memolock=ours, **{"shared": False, **options})(function)
@@ -597,6 +524,16 @@ def memolocked_task(*, ttl: float | timedelta, app: Any = None, **options: Any) 
         return Proxy(find, name=function.__name__, __doc__=function.__doc__)
 
     return decorate
+
+
+def _check(name: str, run: Callable[..., Any], options: Options, *, bound: bool) -> None:
+    """Raise `OptionError` where a task is defined for what its options and its function do not agree on."""
+    signature = inspect.signature(run)
+    if bound:
+        signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+    KeyMaker(name, signature, options)
+    if options.typed:
+        Shape.check(name, run)
 
 
 # ---- what only the worker's main process learns ----------------------------------------------------------------

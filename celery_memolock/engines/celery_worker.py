@@ -15,10 +15,11 @@ from typing import Any
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import signals
 
-from ..codec import Packed, pack_error
+from ..codec import pack_error
 from ..errors import FlightFailed, MemoLockError
 from ..protocol import Disown
-from .celery import holder_of, store_of, ticket_in
+from ..work import as_wanted, holder_of
+from .celery import store_of, ticket_in
 
 __all__ = ["FlightRequest"]
 
@@ -48,27 +49,29 @@ class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
     def on_timeout(self, soft: bool, timeout: float) -> Any:
         """Fail the flight when its run is killed at the hard time limit."""
         if not soft:
-            self._disown(pack_error(TimeLimitExceeded(timeout)))
+            self._disown(TimeLimitExceeded(timeout))
         return super().on_timeout(soft, timeout)
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> Any:
-        self._disown(pack_error(FlightFailed(f"the message of task {self.name!r} was {reason}")))
+        self._disown(FlightFailed(f"the message of task {self.name!r} was {reason}"))
         return super()._announce_revoked(reason, terminated, signum, expired)
 
-    def _disown(self, outcome: Packed | None) -> None:
+    def _disown(self, error: Exception | None) -> None:
         ticket = ticket_in(self.message.headers)
         if ticket is None:
             return
         holder = holder_of(self.hostname, os.getpid(), self.worker_pid) if self.worker_pid else ""
-        effect = Disown(ticket.keys, ticket.fence, holder, outcome, 30.0)
 
         def tell() -> None:
-            if outcome is None:
+            outcome, ttl = None, 0.0
+            if error is None:
                 self._await_replacement()
             try:
-                store_of(self.app).run(effect)
-            except MemoLockError as error:
-                logger.warning("memolock leaves key %s to its lease: %s", ticket.keys.tag, error)
+                if error is not None:
+                    outcome, ttl = pack_error(error), as_wanted(self.task.memo, ticket).options.error_ttl_of(error)
+                store_of(self.app).run(Disown(ticket.keys, ticket.fence, holder, outcome, 30.0, ttl))
+            except MemoLockError as trouble:
+                logger.warning("memolock leaves key %s to its lease: %s", ticket.keys.tag, trouble)
 
         # In a thread, as the main process must not wait for a server that may be slow.
         threading.Thread(target=tell, name="memolock-disown", daemon=True).start()

@@ -11,7 +11,9 @@
 --
 -- Fields of a flight: fence, state (P pending, Q queued, R running), since, attempt, retries, crashes,
 -- takeovers, started, claim (nonce of the claim), holder, lease_until, lease_ms, wanted_until (the last deadline of its
--- callers), background (wanted without a caller), again (a refresh was asked for while it ran), and w:<inbox channel> = sequence for every waiting process.
+-- callers), background (wanted without a caller), progress (its run's last report), again (a refresh was asked for while
+-- it ran), external (its run was handed out, and another process settles it), and w:<inbox channel> = sequence for every
+-- waiting process.
 -- Instants are the server's, in microseconds; durations are in milliseconds.
 
 local ENTRY, FLIGHT, ERROR, RUNS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
@@ -44,9 +46,12 @@ local function new_fence(token, ...)
   return int(at) .. '-' .. token
 end
 
--- The fence of the stored value; nil when there is none or it is not of our making.
-local function entry_fence()
-  return string.match(redis.call('GETRANGE', ENTRY, 0, 127), '^ML1 V (%d+%-%w+) ')
+-- Of the stored value: its fence, when its computing began, until when it is fresh. Nil when there is none or it is
+-- not of our making.
+local function stored_value()
+  local head = redis.call('GETRANGE', ENTRY, 0, 127)
+  local fence, started, fresh_until = string.match(head, '^ML1 [VS] (%d+%-%w+) (%d+) (%d+) ')
+  return fence, tonumber(started), tonumber(fresh_until)
 end
 
 -- Milliseconds left of a flight's lease, 0 when it has passed, nil when there is no flight. More than the
@@ -82,6 +87,26 @@ local function run_alive(fence, attempt, ms)
   redis.call('PEXPIRE', RUNS, ms + GRACE)
 end
 
+-- Begin an attempt of the current flight.
+local function begin_run(fence, attempt, claim, holder, retries, lease_ms)
+  set_state('R')
+  redis.call('HSET', FLIGHT, 'attempt', attempt, 'retries', retries, 'claim', claim, 'holder', holder,
+    'started', int(now), 'takeovers', 0)
+  -- Whoever asked for newer data gets them from this run.
+  redis.call('HDEL', FLIGHT, 'again', 'progress', 'external')
+  set_lease(FLIGHT, lease_ms)
+  run_alive(fence, attempt, lease_ms)
+end
+
+-- The end of the first of the key's live runs, in microseconds, when so many are alive that no more may begin.
+local function too_many_runs(overlap)
+  redis.call('ZREMRANGEBYSCORE', RUNS, '-inf', int(now))
+  if redis.call('ZCARD', RUNS) < overlap then
+    return nil
+  end
+  return tonumber(redis.call('ZRANGE', RUNS, 0, 0, 'WITHSCORES')[2])
+end
+
 local function register(flight, inbox, sequence, wanted_ms)
   if inbox == '' then
     redis.call('HSET', flight, 'background', 1)
@@ -101,7 +126,8 @@ local function has_waiters(flight)
 end
 
 -- Tell every waiting process of a flight. The fence, of which 64 bits are random, shows that the notice is ours. A
--- small outcome rides along; without one, or when it is larger, the notice says: look again.
+-- small outcome rides along, or "P" and a report of its run; without one, or when it is larger, the notice says: look
+-- again.
 local function ring(flight, fence, outcome)
   local notice = fence .. '\n'
   if outcome and #outcome <= INLINE then
@@ -115,7 +141,11 @@ local function ring(flight, fence, outcome)
   end
 end
 
-local function pack(kind, fence, started, ttl_ms, form, body)
+-- A value that is kept for longer than it is fresh says so: whoever reads it then looks at the time.
+local function pack(kind, fence, started, ttl_ms, keep_ms, form, body)
+  if kind == 'V' and keep_ms > ttl_ms then
+    kind = 'S'
+  end
   return 'ML1 ' .. kind .. ' ' .. fence .. ' ' .. int(started) .. ' ' .. int(now + ttl_ms * 1000) .. ' '
     .. int(now - started) .. ' ' .. form .. '\n' .. body
 end
@@ -125,11 +155,11 @@ end
 -- clear the flight. Returns whether it was stored.
 -- A full server refuses the first write of a script that may cost memory, but none after a write that was
 -- allowed: so PEXPIRE comes first, and each SET may fail without stopping the rest.
-local function conclude(flight, fence, outcome, store_as, ttl_ms, park_ms, fleeting)
+local function conclude(flight, fence, outcome, store_as, keep_ms, park_ms, fleeting)
   redis.call('PEXPIRE', flight, GRACE)
   local stored = false
-  if store_as and ttl_ms > 0 then
-    stored = not redis.pcall('SET', store_as, outcome, 'PX', ttl_ms).err
+  if store_as and keep_ms > 0 then
+    stored = not redis.pcall('SET', store_as, outcome, 'PX', keep_ms).err
   end
   if fleeting or not stored or store_as ~= ENTRY then
     redis.pcall('SET', of_fence('p', fence), outcome, 'PX', park_ms)
@@ -148,14 +178,21 @@ local function remembered(nonce)
   return redis.call('GET', of_fence('a', nonce))
 end
 
+-- End a flight with an error that none of its runs could tell. New callers get it for its time, unless a refresh was
+-- asked for meanwhile: no worker is there to start that, so it falls to the next call. Returns the error's record.
+local function fail(home, form, body, error_ms, park_ms)
+  local flight = redis.call('HMGET', home, 'fence', 'started', 'again')
+  local outcome = pack('E', flight[1], tonumber(flight[2]) or now, error_ms, error_ms, form, body)
+  local store_as = home == FLIGHT and not flight[3] and ERROR
+  conclude(home, flight[1], outcome, store_as, error_ms, park_ms)
+  return outcome
+end
+
 -- One more worker died over the current flight. At the limit the flight fails for all its waiters: a poison
 -- task must not eat one worker after another. Returns the error's record then.
-local function crashed(limit, form, body, park_ms)
-  local flight = redis.call('HMGET', FLIGHT, 'fence', 'started')
+local function crashed(limit, form, body, error_ms, park_ms)
   if redis.call('HINCRBY', FLIGHT, 'crashes', 1) < limit then
     return nil
   end
-  local outcome = pack('E', flight[1], tonumber(flight[2]) or now, 0, form, body)
-  conclude(FLIGHT, flight[1], outcome, nil, 0, park_ms)
-  return outcome
+  return fail(FLIGHT, form, body, error_ms, park_ms)
 end

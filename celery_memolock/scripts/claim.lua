@@ -11,6 +11,7 @@
 --       9 crashes      at most so many before the flight fails
 --      10 park         how long an outcome is parked, ms
 --      11 form, 12 body of the error for too many crashes
+--      13 error        how long new callers get it, ms
 --
 -- Returns {"RUN", fence, attempt}
 --         {"DEFER", ms}      ask again after that
@@ -46,7 +47,8 @@ elseif state == 'R' then
     end
     return {'SKIP', 'a duplicate: it runs already'}
   end
-  if retries == counted and crashed(tonumber(ARGV[9]), ARGV[11], ARGV[12], tonumber(ARGV[10])) then
+  local error_ms, park_ms = tonumber(ARGV[13]), tonumber(ARGV[10])
+  if retries == counted and crashed(tonumber(ARGV[9]), ARGV[11], ARGV[12], error_ms, park_ms) then
     return {'SKIP', 'it killed too many workers'}
   end
 end
@@ -59,20 +61,13 @@ if ARGV[8] == '1' then
   end
 end
 
-redis.call('ZREMRANGEBYSCORE', RUNS, '-inf', int(now))
-if redis.call('ZCARD', RUNS) >= tonumber(ARGV[7]) then
-  local first = redis.call('ZRANGE', RUNS, 0, 0, 'WITHSCORES')
-  local defer_ms = math.max(1, math.ceil((tonumber(first[2]) - now) / 1000))
+local first_end = too_many_runs(tonumber(ARGV[7]))
+if first_end then
+  local defer_ms = math.max(1, math.ceil((first_end - now) / 1000))
   set_state('Q')
   set_lease(FLIGHT, math.max(lease_left(FLIGHT), defer_ms + lease_ms))
   return {'DEFER', defer_ms}
 end
 
-attempt = attempt + 1
-set_state('R')
-redis.call('HSET', FLIGHT, 'attempt', attempt, 'retries', retries, 'claim', nonce, 'holder', holder,
-  'started', int(now), 'takeovers', 0)
-redis.call('HDEL', FLIGHT, 'again')  -- whoever asked for newer data gets them from this run
-set_lease(FLIGHT, lease_ms)
-run_alive(fence, attempt, lease_ms)
-return {'RUN', fence, attempt}
+begin_run(fence, attempt + 1, nonce, holder, retries, lease_ms)
+return {'RUN', fence, attempt + 1}

@@ -6,20 +6,20 @@
 --                            already must not end the next one, which has another holder.
 --       3 form, 4 body       of the error for all who wait, or "" to let one of them take over
 --       5 park               how long an outcome is parked, ms
+--       6 error              how long new callers get the error, ms
 --
 -- Returns 1 if it concerned a flight, else 0.
 local message_fence, holder = ARGV[1], ARGV[2]
 
 for _, home in ipairs({FLIGHT, of_fence('d', message_fence)}) do
-  local flight = redis.call('HMGET', home, 'fence', 'state', 'holder', 'attempt', 'started')
+  local flight = redis.call('HMGET', home, 'fence', 'state', 'holder', 'attempt')
   local fence, state = flight[1], flight[2]
   local waits = holder == '' and fence == message_fence and state ~= 'R'
   local runs = holder ~= '' and state == 'R' and flight[3] == holder
   if waits or runs then
     redis.call('ZREM', RUNS, fence .. ' ' .. flight[4])
     if ARGV[3] ~= '' then
-      local outcome = pack('E', fence, tonumber(flight[5]) or now, 0, ARGV[3], ARGV[4])
-      conclude(home, fence, outcome, nil, 0, tonumber(ARGV[5]))
+      fail(home, ARGV[3], ARGV[4], tonumber(ARGV[6]), tonumber(ARGV[5]))
     else
       redis.call('HSET', home, 'lease_until', int(now))
       ring(home, fence, nil)

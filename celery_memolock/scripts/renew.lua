@@ -2,6 +2,7 @@
 --
 -- ARGV  1 fence, 2 attempt   of the run
 --       3 lease              ms
+--       4 external           "1" if it is handed out now, and another process settles it
 --
 -- Returns "CONTINUE", "DETACHED" (an invalidation moved it aside: only those who wait for it get its outcome)
 -- or "LOST" (its outcome will be refused).
@@ -22,6 +23,9 @@ elseif mine(aside) then
   answer = 'DETACHED'
 else
   return 'LOST'
+end
+if ARGV[4] == '1' then
+  redis.call('HSET', answer == 'CONTINUE' and FLIGHT or aside, 'external', 1)
 end
 run_alive(fence, attempt, lease_ms)
 return answer

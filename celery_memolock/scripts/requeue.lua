@@ -3,7 +3,7 @@
 --
 -- ARGV  1 fence, 2 attempt   of the run
 --       3 retries            that the new message carries
---       4 lease              countdown and queueing, ms
+--       4 lease              countdown and queueing, ms; 0: nobody will send it, so those who wait may take over now
 --
 -- Returns "OK", "DETACHED" (an invalidation made this flight worthless: its waiters were told to look again, and
 -- it must not be retried) or "LOST" (another flight took over).
@@ -16,6 +16,9 @@ if flight[1] == fence and flight[2] == attempt then
   redis.call('HDEL', FLIGHT, 'claim', 'holder')
   set_lease(FLIGHT, tonumber(ARGV[4]))
   redis.call('ZREM', RUNS, fence .. ' ' .. attempt)
+  if ARGV[4] == '0' then
+    ring(FLIGHT, fence, nil)
+  end
   return 'OK'
 end
 local aside = of_fence('d', fence)

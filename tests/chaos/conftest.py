@@ -6,9 +6,31 @@ from pathlib import Path
 
 import pytest
 
-from tests.workers.conftest import acks, amqp, any_shop, key, measured, own_server, sent, start_for_all, start_worker
+from tests.workers.conftest import (
+    acks,
+    amqp,
+    amqp_shop,
+    any_shop,
+    key,
+    measured,
+    own_server,
+    sent,
+    start_for_all,
+    start_worker,
+)
 
-__all__ = ["acks", "amqp", "any_shop", "key", "measured", "own_server", "sent", "start_for_all", "start_worker"]
+__all__ = [
+    "acks",
+    "amqp",
+    "amqp_shop",
+    "any_shop",
+    "key",
+    "measured",
+    "own_server",
+    "sent",
+    "start_for_all",
+    "start_worker",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

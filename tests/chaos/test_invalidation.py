@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from celery_memolock import MISS
 from celery_memolock.server import Server
 from celery_memolock.testing import Link
-from tests.workers.conftest import in_a_process, in_background, until
+from tests.workers.conftest import another_process, in_background, until
 from tests.workers.shop import Shop, Sold, make
 
 AnyShop = tuple[Shop, str, str]
@@ -20,8 +21,26 @@ INVALIDATE = """
 import sys
 from tests.workers.shop import shop
 
+shop.records.rpush(f"ready:{sys.argv[1]}", 1)
+shop.records.blpop([f"go:{sys.argv[1]}"], 60)
 print(shop.sourced.invalidate(*sys.argv[1:]))
 """
+
+
+@contextmanager
+def invalidator(of: AnyShop, *arguments: str) -> Iterator[Callable[[], str]]:
+    """Start another process, which invalidates a key as soon as it is told to → what it printed."""
+    made, key = of[0], arguments[0]
+    with another_process(of, INVALIDATE, *arguments) as process:
+        made.records.blpop([f"ready:{key}"], 30)  # by then it has imported all that it needs
+
+        def go() -> str:
+            made.records.rpush(f"go:{key}", 1)
+            out, error = process.communicate(timeout=60)
+            assert process.returncode == 0, error
+            return out
+
+        yield go
 
 
 def state_of(made: Shop, *arguments: str) -> bytes | None:
@@ -53,11 +72,11 @@ def test_at_each_step_of_a_run(any_shop: AnyShop, key: str, step: str) -> None:
     """Whoever calls after it sees what the source has been changed to; whoever called before gets an answer, too."""
     made, *_ = any_shop
     made.records.set(f"source:{key}", 1)
-    waiter = reach(step, made, key)
-    made.records.set(f"source:{key}", 2)
     then = {"retrying": "retry", "running": "gate", "detached": "gate"}.get(step, "")
-    done = in_a_process(any_shop, INVALIDATE, key, then)
-    assert done.stdout == f"{step == 'stored'}\n", done.stderr
+    with invalidator(any_shop, key, then) as invalidate:
+        waiter = reach(step, made, key)
+        made.records.set(f"source:{key}", 2)
+        assert invalidate() == f"{step == 'stored'}\n"
     assert made.sourced.peek(key, then) is MISS
     asked = in_background(made.sourced.get_cached, key, then)
     if then == "gate":
@@ -77,19 +96,14 @@ def test_before_a_run(server: Server, prefix: str, key: str, start_worker: Calla
         made = make(link.url, server.url, prefix)
         made.records.set(f"source:{key}", 1)
         patient = made.sourced.with_options(dispatch_lease=10, wait_timeout=30)
-        if step == b"P":
-            made.app.connection_for_write().ensure_connection()
-            with link.deaf():
-                waiter = in_background(patient.get_cached, key)
-                until(lambda: state_of(made, key) == step)
-                made.records.set(f"source:{key}", 2)
-                done = in_a_process((made, server.url, server.url), INVALIDATE, key)
-        else:
+        with invalidator((made, server.url, server.url), key) as invalidate, ExitStack() as stack:
+            if step == b"P":
+                made.app.connection_for_write().ensure_connection()
+                stack.enter_context(link.deaf())
             waiter = in_background(patient.get_cached, key)
             until(lambda: state_of(made, key) == step)
             made.records.set(f"source:{key}", 2)
-            done = in_a_process((made, server.url, server.url), INVALIDATE, key)
-        assert done.stdout == "False\n", done.stderr
+            assert invalidate() == "False\n"
         start_worker(server.url, server.url, prefix=prefix)
         assert waiter.result(30) == 2
         assert made.ran(key) == 1

@@ -109,7 +109,7 @@ def test_forged_notices(any_shop: tuple[Shop, str, str], key: str) -> None:
     fence = made.records.hget(made.gated.memo.call((key,), {}).keys.all[1], "fence")
     assert isinstance(fence, bytes)
     looks = looks_of(made)
-    forged = [b"", b"\n", b"x" * 100_000, b"17-abc\nML1 V 17-abc 1 2 3 json utf-8 -\n1", secrets.token_bytes(500)]
+    forged = [b"", b"\n", b"x" * 100_000, b"17-abc\nML1 V 17-abc 1 2 3 json utf-8 - =\n1", secrets.token_bytes(500)]
     for notice in [*forged * 50, fence, fence + b"\n"]:
         made.records.publish(channel, notice)
     until(lambda: looks_of(made) > looks)
@@ -131,12 +131,12 @@ def looks_of(made: Shop) -> int:
     [
         b"",
         b"garbage",
-        b"ML1 V 1-a 1 2 3 json utf-8 -\n{broken",
-        b"ML1 V 1-a 1 2 3 application/x-python-serialize binary -\n\x80\x04}\x94.",
-        b"ML1 V 1-a 1 2 3 json utf-8 zlib\nnot compressed",
-        b"ML1 V 1-a x y z json utf-8 -\n1",
-        b"ML9 V 1-a 1 2 3 json utf-8 -\n1",
-        b"ML1 E 1-a 1 2 3 json utf-8 -\n{}",
+        b"ML1 V 1-a 1 2 3 json utf-8 - =\n{broken",
+        b"ML1 V 1-a 1 2 3 application/x-python-serialize binary - =\n\x80\x04}\x94.",
+        b"ML1 V 1-a 1 2 3 json utf-8 zlib =\nnot compressed",
+        b"ML1 V 1-a x y z json utf-8 - =\n1",
+        b"ML9 V 1-a 1 2 3 json utf-8 - =\n1",
+        b"ML1 E 1-a 1 2 3 json utf-8 - =\n{}",
     ],
 )
 def test_corrupt_entry(any_shop: tuple[Shop, str, str], key: str, entry: bytes) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos.broken import MUTANTS
+from benchmarks.chaos.broken import NAMES
 from tests.workers.conftest import ROOT
 
 SEEN_AS = {"no-claim": "overlapping runs of one (fence, attempt)"}
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("mutant", NAMES)
 def test_witness_catches(mutant: str, tmp_path: Path) -> None:
     """A broken build shows as the violation that it leads to."""
     report = tmp_path / "report.json"

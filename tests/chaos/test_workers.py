@@ -146,12 +146,15 @@ def test_revoked_while_it_runs(
 def test_hard_time_limit(server: Server, start_worker: Start, key: str, measured: Measured) -> None:
     """A run that is killed at its hard time limit fails its flight at once, with Celery's own error."""
     made, _ = start_worker(server.url, server.url, "--concurrency", "2")
-    waiters = [in_background(made.hard.with_options(lease=20).get_cached, key) for _ in range(3)]
+    hard = made.hard.with_options(lease=20, error_ttl=20)
+    waiters = [in_background(hard.get_cached, key) for _ in range(3)]
     until(lambda: made.ran(key))
     with measured("a run is killed at its hard time limit of 1 s (that second included)"):
         for waiter in waiters:
             with pytest.raises(TimeLimitExceeded):
                 waiter.result(10)
+    with pytest.raises(TimeLimitExceeded):  # for its `error_ttl`
+        hard.get_cached(key)
     assert made.ran(key) == 1
 
 

@@ -12,10 +12,13 @@ import pytest
 import redis
 from celery import Celery
 
-from celery_memolock import OptionError, memolocked_task
+from celery_memolock import MISS, OptionError, memolocked_task
+from celery_memolock.engines import celery as engine
 from celery_memolock.engines.celery import store_of
 from celery_memolock.server import Server
 from celery_memolock.testing import Link
+from celery_memolock.tracker import Tracker
+from tests.workers.shop import FromAsyncio
 
 
 def until(true: Callable[[], Any], seconds: float = 10.0) -> None:
@@ -28,8 +31,9 @@ def until(true: Callable[[], Any], seconds: float = 10.0) -> None:
 class Site:
     """A web process's view of a task with a local cache, and another process's of the same task."""
 
-    def __init__(self, url: str, elsewhere: str, prefix: str, **options: Any) -> None:
-        self.here = self._task(url, prefix, local_ttl=60, local_lease=0.5, **options)
+    def __init__(self, url: str, elsewhere: str, prefix: str, driver: str = "threads", **options: Any) -> None:
+        here = self._task(url, prefix, local_ttl=60, local_lease=0.5, **options)
+        self.here = FromAsyncio(here) if driver == "asyncio" else here
         self.there = self._task(elsewhere, prefix)
         self.client = redis.Redis.from_url(elsewhere)
 
@@ -69,8 +73,8 @@ def link(any_server: Server) -> Iterator[Link]:
 
 
 @pytest.fixture
-def site(any_server: Server, link: Link, prefix: str) -> Iterator[Site]:
-    made = Site(link.url, any_server.url, prefix)
+def site(any_server: Server, link: Link, prefix: str, driver: str) -> Iterator[Site]:
+    made = Site(link.url, any_server.url, prefix, driver)
     yield made
     made.close()
 
@@ -78,6 +82,37 @@ def site(any_server: Server, link: Link, prefix: str) -> Iterator[Site]:
 def gets(client: redis.Redis) -> int:
     stats: Any = client.info("commandstats")
     return int(stats.get("cmdstat_get", {}).get("calls", 0))
+
+
+def test_hits_of_many_and_of_peek_cost_no_trip(site: Site) -> None:
+    """What is kept is not asked for, be it for a list of calls, and only what is not kept is."""
+    calls = [(f"k{number}",) for number in range(10)]
+    site.there.set_cached_many([(call, number) for number, call in enumerate(calls)])
+    for number, (key,) in enumerate(calls):
+        site.await_kept(key, number)
+    before = gets(site.client)
+    assert site.here.get_cached_many(calls) == list(range(10))
+    assert [site.here.peek(*call) for call in calls] == list(range(10))
+    assert gets(site.client) == before
+    site.there.set_cached("new", "k10")
+    before = gets(site.client)
+    assert site.here.get_cached_many([*calls, ("k10",)]) == [*range(10), "new"]
+    assert gets(site.client) == before + 1
+    site.there.invalidate("k3")
+    until(lambda: site.here.peek("k3") is MISS)
+
+
+def test_early_refresh_of_what_is_kept(any_server: Server, link: Link, prefix: str, driver: str) -> None:
+    """At its early moment a value is kept no more, however long it might be, so that somebody sees what time it is."""
+    site = Site(link.url, any_server.url, prefix, driver, early_refresh=0.04)
+    began = time.monotonic()
+    site.there.with_options(ttl=25).set_cached(1, "k")
+    site.await_kept("k", 1)
+    assert site.here.with_options(early_refresh=0.9).get_cached_entry("k").source == "store"
+    until(lambda: not site.kept("k"))
+    assert 0.9 < time.monotonic() - began < 5
+    assert site.there.peek("k") == 1
+    site.close()
 
 
 @pytest.mark.parametrize("value", [7, {"queue": ["ada", "grace"]}])
@@ -169,9 +204,10 @@ def test_deaf_link(site: Site, link: Link) -> None:
     until(lambda: site.here.get_cached("k") == 2)
 
 
-def test_change_while_the_reply_travels(any_server: Server, prefix: str) -> None:
+def test_change_while_the_reply_travels(any_server: Server, prefix: str, driver: str) -> None:
     """Readers and a writer at once: when all is quiet what is kept here is the last that was written."""
-    site = Site(any_server.url, any_server.url, prefix)
+    site = Site(any_server.url, any_server.url, prefix, driver)
+    last_version = 999 if driver == "threads" else 499
     stop = threading.Event()
     wrong = []
 
@@ -187,25 +223,26 @@ def test_change_while_the_reply_travels(any_server: Server, prefix: str) -> None
     readers = [threading.Thread(target=read) for _ in range(4)]
     for reader in readers:
         reader.start()
-    for version in range(1, 1500):
+    for version in range(1, last_version + 1):
         site.there.set_cached(version, "k")
     stop.set()
     for reader in readers:
         reader.join()
-    until(lambda: site.here.get_cached("k") == 1499)
+    until(lambda: site.here.get_cached("k") == last_version)
     assert wrong == []
     site.close()
 
 
-def test_fork(any_server: Server, prefix: str) -> None:
+def test_fork(any_server: Server, prefix: str, driver: str) -> None:
     """A child keeps nothing of its parent's, and has a link of its own."""
-    site = Site(any_server.url, any_server.url, prefix)
+    site = Site(any_server.url, any_server.url, prefix, driver)
     site.there.set_cached(1, "k")
     site.await_kept("k", 1)
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
+            FromAsyncio.loop = None  # its thread is the parent's
             assert not site.kept("k")
             site.await_kept("k", 1)
             site.here.set_cached(2, "k")
@@ -217,12 +254,23 @@ def test_fork(any_server: Server, prefix: str) -> None:
     site.close()
 
 
-def test_server_that_does_not_track(prefix: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_store_of_the_same_app(site: Site) -> None:
+    """When the app's store was closed the next use makes another one, and values are kept over that."""
+    site.there.set_cached(1, "k")
+    site.await_kept("k", 1)
+    engine._stores.drop(site.here.app)
+    assert not site.kept("k")
+    site.await_kept("k", 1)
+    site.there.set_cached(2, "k")
+    until(lambda: site.here.get_cached("k") == 2)
+
+
+def test_server_that_does_not_track(prefix: str, driver: str, caplog: pytest.LogCaptureFixture) -> None:
     """Where tracking is not allowed nothing is kept, values come from the server, and the log says so once."""
     with Server() as own:
         client = redis.Redis.from_url(own.url)
         client.execute_command("ACL", "SETUSER", "default", "-client|tracking")
-        site = Site(own.url, own.url, prefix)
+        site = Site(own.url, own.url, prefix, driver)
         site.there.set_cached(1, "k")
         for _ in range(20):
             assert site.here.get_cached("k") == 1
@@ -232,10 +280,27 @@ def test_server_that_does_not_track(prefix: str, caplog: pytest.LogCaptureFixtur
         site.close()
 
 
-def test_nothing_is_left(any_server: Server, prefix: str) -> None:
+def test_tracker_that_fails(site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever goes wrong on the link, there is another one soon."""
+    plain, failed = Tracker._attend, threading.Event()
+
+    def attend(tracker: Tracker) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise ValueError("read of closed file")
+        plain(tracker)
+
+    monkeypatch.setattr(Tracker, "_attend", attend)
+    site.there.set_cached(1, "k")
+    site.await_kept("k", 1)
+    assert failed.is_set()
+    assert "read of closed file" in caplog.text
+
+
+def test_nothing_is_left(any_server: Server, prefix: str, driver: str) -> None:
     """Closing ends the thread and the connection."""
     threads = threading.active_count()
-    site = Site(any_server.url, any_server.url, prefix)
+    site = Site(any_server.url, any_server.url, prefix, driver)
     site.there.set_cached(1, "k")
     site.await_kept("k", 1)
     site.close()

@@ -9,19 +9,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import redis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
-from benchmarks.chaos.broken import MUTANTS, break_build
+from benchmarks.chaos.broken import MUTANTS, OF_FRESHNESS, break_build
 from celery_memolock import wire
 from celery_memolock.codec import Codec, Entry, pack_error
 from celery_memolock.errors import FlightFailed
-from celery_memolock.keys import Keys
+from celery_memolock.keys import Keys, TagKeys
 from celery_memolock.options import Options
 from celery_memolock.protocol import (
     Acquire,
@@ -30,8 +37,11 @@ from celery_memolock.protocol import (
     Defer,
     Disown,
     Done,
+    Expire,
+    Index,
     Invalidate,
     Leave,
+    Members,
     Put,
     Renew,
     Requeue,
@@ -44,8 +54,9 @@ from celery_memolock.protocol import (
 )
 from celery_memolock.rooms import Place
 from celery_memolock.server import Server
-from celery_memolock.store import Store
 from celery_memolock.testing import Fault, Link
+from tests.contract.conftest import opened
+from tests.workers.shop import Loop
 
 OPTIONS = Options(ttl=600, lease=600, dispatch_lease=600, queue_timeout=600, max_crashes=3, max_overlap=2)
 CODEC = Codec("machine", OPTIONS)
@@ -66,6 +77,7 @@ class Flight:
     lapsed: bool = False
     holder: str = ""
     again: bool = False
+    started: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,11 +91,17 @@ class Working:
 
 @dataclass
 class Caller:
-    """A caller that waits. `floor` is what had been invalidated before its call."""
+    """A caller that waits. `floor` is what had been invalidated before its call.
+
+    One that forces wants none of the runs that had begun `before` its call; `since` is when the server saw it first.
+    """
 
     floor: int
     following: str
     sequence: int = 0
+    forces: bool = False
+    before: frozenset[tuple[str, int]] = frozenset()
+    since: int = 0
 
 
 @dataclass
@@ -92,6 +110,9 @@ class Model:
 
     version: int = 0
     entry: tuple[str, int] | None = None
+    stale: bool = False
+    entry_started: int = 0
+    settled: dict[str, int] = field(default_factory=dict)
     flight: Flight | None = None
     aside: dict[str, Flight] = field(default_factory=dict)
     parked: dict[str, int | None] = field(default_factory=dict)
@@ -101,13 +122,15 @@ class Model:
 class OneKey(RuleBasedStateMachine):
     """The rules are the steps; each compares the server's answer with the model's."""
 
-    store: Store
+    stores: ClassVar[dict[str, Any]]  # by driver
     client: redis.Redis
     link: Link
 
     def __init__(self) -> None:
         super().__init__()
+        self.store: Any = self.stores["threads"]
         self.keys = Keys.of("machine", f"t:1:{new_nonce()}")
+        self.tags = TagKeys.of("machine", "t", [new_nonce()])
         self.model = Model()
         self.callers: list[Caller] = []
         self.undispatched: list[str] = []
@@ -117,24 +140,35 @@ class OneKey(RuleBasedStateMachine):
         self.sequence = 0
         self.lost: Fault | None = None
 
+    @initialize(driver=st.sampled_from(["threads", "asyncio"]))
+    def asked_by(self, driver: str) -> None:
+        """All steps of one order are asked by one driver, which takes turns with the other."""
+        self.store = self.stores[driver]
+
     # ---- callers
 
     def look(self, caller: Caller) -> Any:
         self.sequence += 1
+        mode: Any = "force" if caller.forces else "miss"
+        place = caller.following, self.sequence
         reply = self.store.run(
-            Acquire(self.keys, OPTIONS, new_nonce(), "miss", "", caller.following, self.sequence, 30.0, PARK, CRASHED)
+            Acquire(self.keys, OPTIONS, new_nonce(), mode, "", *place, 30.0, PARK, CRASHED, caller.since)
         )
         model = self.model
+        first = caller.forces and not caller.since
         if caller.following in model.parked:
             self.check_done(reply, model.parked[caller.following], caller)
         elif caller.following in model.aside and not model.aside[caller.following].lapsed:
             assert isinstance(reply, Waiting)
             assert reply.fence == caller.following
-        elif model.entry is not None:
+        elif model.entry is not None and self.is_good(caller):
             self.check_done(reply, model.entry[1], caller)
         elif model.flight is not None and not model.flight.lapsed:
             assert isinstance(reply, Waiting)
             assert (reply.fence, reply.state) == (model.flight.fence, model.flight.state)
+            too_early = first or model.flight.state != "R" or model.flight.started < caller.since
+            if caller.forces and model.flight.attempt and too_early:
+                model.flight.again = True
         else:
             crashes = 0
             if model.flight is not None:
@@ -149,8 +183,15 @@ class OneKey(RuleBasedStateMachine):
             self.undispatched.append(reply.fence)
         if isinstance(reply, Waiting | Won):
             caller.following, caller.sequence = reply.fence, self.sequence
+            caller.since = caller.since or reply.now
             if caller not in self.callers:
                 self.callers.append(caller)
+
+    def is_good(self, caller: Caller) -> bool:
+        """Whether the stored value will do."""
+        if caller.forces:
+            return bool(caller.since) and self.model.entry_started >= caller.since
+        return not self.model.stale
 
     def check_done(self, reply: Any, version: int | None, caller: Caller) -> None:
         assert isinstance(reply, Done)
@@ -159,18 +200,34 @@ class OneKey(RuleBasedStateMachine):
         if version is not None:
             assert CODEC.unpack(entry) == version
             assert version >= caller.floor, "a caller got data older than an invalidation before its call"
+        if caller.forces and entry.started < caller.since:
+            caller.following = ""  # it looks on
+            return
+        if caller.forces and version is not None:
+            run = entry.fence, self.model.settled.get(entry.fence, 0)
+            assert run not in caller.before, "a forced call got a run that had begun before it"
         if caller in self.callers:
             self.callers.remove(caller)
 
-    @rule(then=st.sampled_from(["confirm", "confirm", "claim", "no confirm", "nothing"]), doubled=st.booleans())
-    def call(self, then: str, doubled: bool) -> None:
-        """Most flights go on at once: steps drawn one by one would hardly ever come so far."""
-        self.look(Caller(self.model.version, ""))
+    @rule(
+        then=st.sampled_from(["confirm", "claim", "claim", "no confirm", "nothing", "store", "only tell"]),
+        doubled=st.booleans(),
+        forces=st.sampled_from([False, False, True]),
+    )
+    def call(self, then: str, doubled: bool, forces: bool) -> None:
+        """Most flights go on at once: steps drawn one by one would hardly ever come so far.
+
+        A call that forces wants a value whose computing starts after it.
+        """
+        self.look(Caller(self.model.version, "", forces=forces, before=frozenset(self.ran)))
         if self.undispatched and then != "nothing":
             self.dispatch_now(then != "no confirm")
             self.messages += self.messages[-1:] * doubled
-            if then == "claim":
+            if then in ("claim", "store", "only tell"):
                 self.claim_now(self.messages[-1], False)
+            if then in ("store", "only tell") and self.working:
+                work = self.working.pop()
+                self.settle_or_fail(work.run, work.version, then == "store")
 
     @precondition(lambda self: self.callers)
     @rule(data=st.data())
@@ -227,6 +284,7 @@ class OneKey(RuleBasedStateMachine):
         self.messages.remove(message)
         fence, retries = message
         holder = f"holder-{new_nonce()}"
+        self.store.run(Index(self.tags, self.keys.entry, 600.0))
         effect = Claim(self.keys, OPTIONS, fence, new_nonce(), holder, retries, redelivered, PARK, CRASHED)
         reply = self.store.run(effect)
         assert self.store.run(effect) == reply or not isinstance(reply, Run), "a repeat must get the same answer"
@@ -265,6 +323,7 @@ class OneKey(RuleBasedStateMachine):
         flight.attempt += 1
         flight.state, flight.retries, flight.lapsed, flight.holder = "R", retries, False, holder
         flight.again = False
+        flight.started = int(self.client.hget(self.keys.all[1], "started") or 0)  # type: ignore[arg-type]
         assert reply == Run(flight.fence, flight.attempt)
         assert (reply.fence, reply.attempt) not in self.ran, "one attempt ran twice"
         self.ran.add((reply.fence, reply.attempt))
@@ -272,28 +331,38 @@ class OneKey(RuleBasedStateMachine):
         self.working.append(Working(reply, self.model.version, holder))
 
     @precondition(lambda self: self.working)
-    @rule(data=st.data(), fails=st.booleans())
-    def settle(self, data: st.DataObject, fails: bool) -> None:
+    @rule(data=st.data(), fails=st.booleans(), stored=st.sampled_from([True, True, False]))
+    def settle(self, data: st.DataObject, fails: bool, stored: bool) -> None:
         work = data.draw(st.sampled_from(self.working))
         self.working.remove(work)
-        self.settle_or_fail(work.run, None if fails else work.version)
+        self.settle_or_fail(work.run, None if fails else work.version, stored)
 
-    def settle_or_fail(self, run: Run, version: int | None) -> None:
+    def settle_or_fail(self, run: Run, version: int | None, stored: bool = False) -> None:
+        """With a value, which may be for those alone who wait, or with an error."""
         kind, outcome = ("E", FAILED) if version is None else ("V", CODEC.pack(version))
-        effect = Settle(self.keys, run, kind, outcome, 0.0 if version is None else 600.0, PARK)  # type: ignore[arg-type]
+        ttl = 600.0 if version is not None and stored else 0.0
+        effect = Settle(self.keys, run, kind, outcome, ttl, 2 * ttl, PARK)  # type: ignore[arg-type]
         answer = self.store.run(effect)
         model = self.model
         if model.flight is not None and (model.flight.fence, model.flight.attempt) == (run.fence, run.attempt):
             assert answer == ("AGAIN" if model.flight.again else "OK")
+            started = model.flight.started
             model.flight = None
+            model.settled[run.fence] = run.attempt
             model.alive.discard((run.fence, run.attempt))
             if version is None:
                 model.parked[run.fence] = None
+            elif stored:
+                model.entry, model.stale, model.entry_started = (run.fence, version), False, started
             else:
-                model.entry = (run.fence, version)
+                model.entry, model.parked[run.fence] = None, version
         elif run.fence in model.aside and model.aside[run.fence].attempt == run.attempt:
-            assert answer == "DETACHED" or (answer == "OK" and self.lost is not None and self.lost.count)
+            if model.aside[run.fence].again and model.flight is None and model.entry is None:
+                assert answer == "AGAIN"
+            else:
+                assert answer == "DETACHED" or (answer == "OK" and self.lost is not None and self.lost.count)
             del model.aside[run.fence]
+            model.settled[run.fence] = run.attempt
             model.alive.discard((run.fence, run.attempt))
             model.parked[run.fence] = version
         else:
@@ -391,6 +460,9 @@ class OneKey(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.whole_again()
+        # The invariants look through all keys, and what thousands of examples leave would make that slow.
+        for key in [*self.client.scan_iter(f"*{self.keys.tag}*"), *self.tags.all]:
+            self.client.delete(key)
 
     # ---- operators and time
 
@@ -406,10 +478,15 @@ class OneKey(RuleBasedStateMachine):
         flight.again = flight.again or flight.attempt > 0
 
     @precondition(lambda self: self.model.entry is not None or self.model.flight is not None)
-    @rule()
-    def invalidate(self) -> None:
+    @rule(by_tag=st.booleans())
+    def invalidate(self, by_tag: bool) -> None:
         model = self.model
         model.version += 1
+        if by_tag and self.keys.entry not in self.store.ask(Members(self.tags, 0))[1]:
+            # Nothing that has read anything may be missing there.
+            assert model.entry is None
+            assert model.flight is None or model.flight.attempt == 0
+            return
         assert self.store.run(Invalidate(self.keys, new_nonce(), 30.0)) is (model.entry is not None)
         model.entry = None
         if model.flight is not None:
@@ -420,18 +497,34 @@ class OneKey(RuleBasedStateMachine):
                 model.flight.attempt += 1
 
     @precondition(lambda self: self.model.flight is not None)
-    @rule()
-    def set_cached(self) -> None:
+    @rule(expire=st.booleans())
+    def set_or_expire(self, expire: bool) -> None:
         model = self.model
-        effect = Put(self.keys, new_nonce(), CODEC.pack(model.version), 600.0, PARK, False)
+        if expire:
+            self.expire()
+            return
+        self.store.run(Index(self.tags, self.keys.entry, 600.0))
+        effect = Put(self.keys, new_nonce(), CODEC.pack(model.version), 600.0, 1200.0, PARK, False)
         fence = self.store.run(effect)
         assert self.store.run(effect) == fence
-        model.entry = (fence, model.version)
+        model.entry, model.stale = (fence, model.version), False
+        model.entry_started = Entry.parse(self.store.get(self.keys) or b"").started
         model.flight = None
 
+    def expire(self) -> None:
+        """The gentle form: the value is stale from now on, and after a run comes another."""
+        model = self.model
+        assert self.store.run(Expire(self.keys, 600.0)) is (model.entry is not None)
+        model.stale = True
+        if model.flight is not None and model.flight.attempt:
+            model.flight.again = True
+
     @precondition(lambda self: self.model.entry is not None)
-    @rule()
-    def entry_expires(self) -> None:
+    @rule(softly=st.booleans())
+    def entry_expires(self, softly: bool) -> None:
+        if softly:
+            self.expire()
+            return
         self.client.delete(self.keys.entry)
         self.model.entry = None
 
@@ -475,13 +568,14 @@ class OneKey(RuleBasedStateMachine):
 
 
 @pytest.fixture
-def machine(any_server: Server) -> Iterator[type[OneKey]]:
+def machine(any_server: Server, loop: Loop) -> Iterator[type[OneKey]]:
     """The machine at a server."""
     with Link(any_server.url) as OneKey.link:
-        OneKey.store = Store.from_url(OneKey.link.url, "machine")
+        OneKey.stores = {each: opened(OneKey.link.url, "machine", each) for each in ("threads", "asyncio")}
         OneKey.client = redis.Redis.from_url(any_server.url)
         yield OneKey
-        OneKey.store.close()
+        for store in OneKey.stores.values():
+            store.close()
         OneKey.client.close()
 
 
@@ -490,7 +584,7 @@ def test_every_order_of_steps(machine: type[OneKey]) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=80,
+            max_examples=100,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
@@ -500,7 +594,8 @@ def test_every_order_of_steps(machine: type[OneKey]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.timeout(600)  # a rare order of steps may take a while to be found
+@pytest.mark.parametrize("mutant", [*MUTANTS, *OF_FRESHNESS])
 def test_broken_builds_are_caught(mutant: str, machine: type[OneKey], monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine finds each of the deliberately broken scripts."""
     monkeypatch.setattr(wire, "load", wire.load)  # put back what break_build replaces

@@ -40,7 +40,7 @@ def test_every_python_block_is_a_file(page: Path) -> None:
 def test_readme_runs(folder: Path, start_worker: Start) -> None:
     """The README's scripts run against its worker."""
     start_worker("shop", folder, os.environ)
-    for script in ("ask.py", "tour.py"):
+    for script in ("ask.py", "tour.py", "without_a_queue.py"):
         done = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
 

@@ -6,7 +6,7 @@
  * says what each step stands for, what is left out, and how the switches below make configurations and mutants.
  *
  * Two kinds of search, each exhaustive within its bounds:
- *   safety   S1-S5 and C1-C4 by assertions. The lease of an unclaimed flight may pass at any time. (S6, at most one
+ *   safety   S1-S5 and C1-C5 by assertions. The lease of an unclaimed flight may pass at any time. (S6, at most one
  *            flight that is not detached, holds by construction: there is one variable for it, as there is one key.)
  *   -DLIVE   L1, L2: every behaviour ends, and at its end nobody waits. A lease passes only where nobody is left to
  *            do the flight's work, so each loss costs one of the budgets; a cycle or a waiter at the end is an error.
@@ -58,6 +58,12 @@
 #ifndef REFRESHES
 #define REFRESHES 0         /* calls of refresh(): acquire with mode "force" */
 #endif
+#ifndef FORCES
+#define FORCES 0            /* waiting calls with force_refresh: acquire with mode "force", again and again */
+#endif
+#ifndef EXPIRE_CALLS
+#define EXPIRE_CALLS 0      /* calls of expire(), the gentle invalidation */
+#endif
 #ifndef TIMEOUTS
 #define TIMEOUTS 0          /* callers that give up before they have an outcome */
 #endif
@@ -69,7 +75,9 @@
 #endif
 /* Further switches: ERRORS (runs may fail, dispatch may fail), ERROR_RECORD (error_ttl > 0), FLEETING (outcomes are
  * parked beside the stored value), ABANDON (skip_abandoned), GOES_ON (a run may go on after its retry: throw=False),
- * STORE_DOWN (a retry may be published though its requeue failed). */
+ * STORE_DOWN (a retry may be published though its requeue failed), STALE (a value's ttl may pass before it is gone: it
+ * is served while it is refreshed, or spared for an error), EARLY (a fresh one may be refreshed too), TAGS (all
+ * invalidations are of a tag, whose index names the entry only once somebody has written it). */
 
 /* Each switch M_... breaks one rule; the tables of docs/model.md and test_model.py name them all. */
 
@@ -84,6 +92,9 @@
 #define BIT(n) (1 << (n))
 #define TRIES (RETRIES + 1)
 
+/* Somebody may ask for a run that starts later than now. */
+#define PROMISES (REFRESHES + FORCES + EXPIRE_CALLS)
+
 /* ---- the source of data, and the ghost of what has been acknowledged ---- */
 byte version, acknowledged;
 
@@ -92,9 +103,28 @@ byte entry, entry_fence;                                /* memolock:1:e */
 byte failure, failure_fence;                            /* memolock:1:x, the error record */
 byte fence, state, attempt, retries, crashes, waiters;  /* memolock:1:f, the current flight; fence 0: absent */
 bit again, background;
+#if PROMISES
+byte aside_again;                                       /* the flights that were moved aside with `again` */
+#endif
 byte aside[FLIGHTS + 1], aside_waiters[FLIGHTS + 1];    /* memolock:1:d:<fence>: the attempt of a detached run */
 byte parked[FLIGHTS + 1];                               /* memolock:1:p:<fence> */
 byte fences;                                            /* made so far */
+#if defined(STALE) || EXPIRE_CALLS
+bit stale;                                              /* the entry's fresh_until has passed */
+#endif
+#ifdef TAGS
+bit indexed;                                            /* the tag's index names the entry */
+bit putting;                                            /* ghost: a value is about to be set */
+#endif
+
+/* `started` of a flight or an outcome counts only against the `since` of calls that force: for which of them it is
+ * late enough. */
+#if FORCES
+byte since;                                             /* the callers that have one */
+byte started, entry_started, parked_started[FLIGHTS + 1], aside_started[FLIGHTS + 1];
+byte mail_started;                                      /* of what lies in each caller's mail */
+byte run_started[WORKERS];                              /* ghost: of the run itself, whatever the flight says */
+#endif
 
 /* ---- the broker: how many messages there are of each kind, in no order. Once its flight is not the current one any
  * more, all that claim.lua can tell of a message's fence is that it is older. ---- */
@@ -121,18 +151,22 @@ bit starts_newer[WORKERS];
 byte senders, sent;     /* LIVE: who is about to send a message, and how many are on their way */
 byte dying = CRASHES, freezing = FREEZES, doubling = DUPLICATES;
 byte losing = LOST_MESSAGES, deaf = LOST_NOTICES, expiring = EXPIRIES, leaving = TIMEOUTS, killing = DISOWNED;
+#if FORCES
+byte forcing = FORCES;
+#endif
 byte killed_fence, killed_attempt;  /* the run that a main process is about to tell of */
 
 /* Scratch of one atomic step, no part of the state. */
-hidden byte i, told, got, got_fence, m_retries;
+hidden byte i, told, got, got_fence, got_started, m_retries;
 hidden byte go, m_redelivered;
 
 /* An assertion that names its property: the name is a variable that is never set. Beside those of the protocol:
  *   C1  a flight is taken over only when its lease may have passed
  *   C2  a claim never makes more live runs than max_overlap
  *   C3  after a refresh, a run that began before it is never the last word
- *   C4  no attempt runs with fewer retries than its flight has had: a retry's count and countdown hold */
-hidden byte S1, S2, S3, S4, S5, L1, C1, C2, C3, C4;
+ *   C4  no attempt runs with fewer retries than its flight has had: a retry's count and countdown hold
+ *   C5  a call that forces gets no outcome whose computing began before it */
+hidden byte S1, S2, S3, S4, S5, L1, C1, C2, C3, C4, C5;
 #define MUST(property, condition) assert((condition) || property)
 
 #define DONE 1
@@ -167,6 +201,7 @@ hidden byte S1, S2, S3, S4, S5, L1, C1, C2, C3, C4;
 #else
 #define MAY_PASS (fence && (state == RUNNING -> !ANY_WORKER(RUNS_IT) : UNCLAIMED_MAY_PASS))
 #endif
+#define IS_BUSY(w) busy[w]
 #define RUNS_ASIDE(w, f) (run_fence[w] == f && run_attempt[w] == aside[f] && !late[w])
 #if WORKERS == 1
 #define ASIDE_MAY_PASS(f) (aside[f] && !RUNS_ASIDE(0, f))
@@ -174,6 +209,47 @@ hidden byte S1, S2, S3, S4, S5, L1, C1, C2, C3, C4;
 #define ASIDE_MAY_PASS(f) (aside[f] && !RUNS_ASIDE(0, f) && !RUNS_ASIDE(1, f))
 #else
 #define ASIDE_MAY_PASS(f) (aside[f] && !RUNS_ASIDE(0, f) && !RUNS_ASIDE(1, f) && !RUNS_ASIDE(2, f))
+#endif
+
+/* ---- what only some configurations know of ---- */
+#define NOBODY CALLERS      /* who looks without waiting: acquire with no inbox */
+#if FORCES
+#define SET_STARTED(place, callers) place = callers
+#define LATE_ENOUGH(place, me) ((place) & BIT(me))
+#define HAS_SINCE(me) (since & BIT(me))
+#define ASIDE_STARTED(whose) aside_started[whose]
+#else
+#define SET_STARTED(place, callers) skip
+#define LATE_ENOUGH(place, me) false
+#define HAS_SINCE(me) false
+#define forces false
+#define since 0
+#define started 0
+#define mail_started 0
+#define ASIDE_STARTED(whose) 0
+#endif
+#if defined(STALE) || EXPIRE_CALLS
+#define IS_STALE stale
+#define SET_STALE(whether) stale = whether
+#else
+#define IS_STALE false
+#define SET_STALE(whether) skip
+#endif
+#ifdef EARLY
+#define IS_SERVED (entry != 0)
+#else
+#define IS_SERVED (entry && IS_STALE)
+#endif
+#ifndef STALE
+#define seen 0
+#endif
+#define GOOD(force, unwanted, me) (entry && (force -> LATE_ENOUGH(entry_started, me) \
+    : (!IS_STALE && entry_fence != unwanted)))
+/* It runs, or ran and may still do so beside its own retry, and that is too early for a call that forces. */
+#ifdef M_REFRESH_JOINS_OLD_RUN
+#define BEGAN(me) (state == RUNNING && !LATE_ENOUGH(started, me))
+#else
+#define BEGAN(me) (attempt != 0 && (state != RUNNING || !LATE_ENOUGH(started, me)))
 #endif
 
 /* ---- _common.lua ---- */
@@ -188,7 +264,7 @@ hidden byte S1, S2, S3, S4, S5, L1, C1, C2, C3, C4;
 #define SET_MAIL_FENCE(caller, whose) skip
 #define MAIL_FENCE(caller) follows[caller]
 #endif
-inline ring(whose, registered, outcome) {
+inline ring(whose, registered, outcome, began) {
     i = 0;
     do
     :: i < CALLERS && (registered & BIT(i)) && HEARS(i, whose) ->
@@ -196,7 +272,9 @@ inline ring(whose, registered, outcome) {
 #ifdef LIVE
         :: deaf -> deaf--
 #endif
-        :: outcome -> mail[i] = outcome; SET_MAIL_FENCE(i, whose)
+        :: outcome ->
+            mail[i] = outcome; SET_MAIL_FENCE(i, whose);
+            SET_STARTED(mail_started, (mail_started & ~BIT(i)) | (began & BIT(i)))
 #ifdef M_NO_POLL
         :: true -> bell[i] = 1      /* a notice without the outcome */
 #else
@@ -210,10 +288,12 @@ inline ring(whose, registered, outcome) {
 }
 
 /* Only those who follow a flight ever read what was parked for it. */
-inline park(whose, outcome) {
+inline park(whose, outcome, began) {
     i = 0;
     do
-    :: i < CALLERS && follows[i] == whose -> parked[whose] = outcome; break
+    :: i < CALLERS && follows[i] == whose ->
+        parked[whose] = outcome; SET_STARTED(parked_started[whose], began);
+        break
     :: i < CALLERS && follows[i] != whose -> i++
     :: i == CALLERS -> break
     od
@@ -234,10 +314,11 @@ inline age_messages() {
 inline clear_flight() {
     age_messages();
     fence = 0; state = 0; attempt = 0; retries = 0; crashes = 0; waiters = 0; again = 0; background = 0;
+    SET_STARTED(started, 0);
     asked_newer = 0
 }
 
-inline store(outcome, outcome_fence) {
+inline store(outcome, outcome_fence, began) {
     MUST(S1, VERSION_OF(outcome) >= acknowledged);
     if
     :: outcome & ERROR ->
@@ -246,13 +327,17 @@ inline store(outcome, outcome_fence) {
 #else
         skip
 #endif
-    :: else -> entry = outcome; entry_fence = outcome_fence
+    :: else -> entry = outcome; entry_fence = outcome_fence; SET_STALE(0); SET_STARTED(entry_started, began)
     fi
 }
 
-inline give(whose, registered, outcome, outcome_fence, stored) {
+inline drop_entry() {
+    entry = 0; entry_fence = 0; SET_STALE(0); SET_STARTED(entry_started, 0)
+}
+
+inline give(whose, registered, outcome, outcome_fence, stored, began) {
     if
-    :: stored -> store(outcome, outcome_fence)
+    :: stored -> store(outcome, outcome_fence, began)
     :: else
     fi;
     if
@@ -262,28 +347,57 @@ inline give(whose, registered, outcome, outcome_fence, stored) {
 #else
     :: true ->
 #endif
-        park(whose, outcome)
+        park(whose, outcome, began)
     fi;
-    ring(whose, registered, outcome)
+    ring(whose, registered, outcome, began)
 }
 
-inline conclude(outcome, outcome_fence, stored) {
-    give(fence, waiters, outcome, outcome_fence, stored);
+inline conclude(outcome, outcome_fence, stored, began) {
+    give(fence, waiters, outcome, outcome_fence, stored, began);
     clear_flight()
+}
+
+inline clear_aside(whose) {
+#if PROMISES
+    aside_again = aside_again & ~BIT(whose);
+#endif
+    aside[whose] = 0; aside_waiters[whose] = 0; SET_STARTED(aside_started[whose], 0)
 }
 
 inline new_fence() {
     age_messages();
     fences++;
-    fence = fences; state = PENDING; attempt = 0; retries = 0
+    fence = fences; state = PENDING; attempt = 0; retries = 0; SET_STARTED(started, 0)
 }
 
-/* ---- acquire.lua. Leaves its answer in `told`, `got` and `got_fence`. ---- */
-inline acquire(force, following, me) {
+/* Ghost: a run that begins before now is not to be the last word. */
+inline promise() {
+#if PROMISES
+    asked_newer = 1;
+    i = 0;
+    do
+    :: i < WORKERS -> starts_newer[i] = 0; i++
+    :: else -> break
+    od
+#else
+    skip
+#endif
+}
+
+inline join(me) {
+    if
+    :: me == NOBODY -> background = 1
+    :: else -> waiters = waiters | BIT(me)
+    fi
+}
+
+/* ---- acquire.lua. Leaves its answer in `told`, `got`, `got_fence` and `got_started`. ---- */
+inline acquire(force, unwanted, following, me) {
     told = 0;
     if
     :: following && parked[following] ->
-        told = DONE; got = parked[following]; got_fence = following
+        told = DONE; got = parked[following]; got_fence = following;
+        SET_STARTED(got_started, parked_started[following])
     :: else ->
         if
         :: following && aside[following] && !ASIDE_MAY_PASS(following) -> told = WAIT; got_fence = following
@@ -295,27 +409,25 @@ inline acquire(force, following, me) {
         fi
     fi;
     if
-    :: told == 0 && !force && entry -> told = DONE; got = entry; got_fence = entry_fence
-    :: told == 0 && !force && !entry && failure -> told = DONE; got = failure; got_fence = failure_fence
+#ifdef M_FORCE_TAKES_STORED
+    :: told == 0 && force && entry && !following ->
+        told = DONE; got = entry; got_fence = entry_fence; SET_STARTED(got_started, entry_started)
+#endif
+    :: told == 0 && GOOD(force, unwanted, me) ->
+        told = DONE; got = entry; got_fence = entry_fence; SET_STARTED(got_started, entry_started)
+    :: told == 0 && !force && !GOOD(force, unwanted, me) && failure ->
+        told = DONE; got = failure; got_fence = failure_fence
     :: else
     fi;
     if
     :: told -> skip
     :: else ->
-        /* To look and hear of the lease that one waits for already changes nothing; that is left out. */
+        /* To look and hear of the lease that one waits for already changes nothing but `again`; else it is left out. */
         if
-        :: fence && !(MAY_PASS && following == fence) ->
+        :: fence && !(MAY_PASS && following == fence && !(force && BEGAN(me) && !again)) ->
             told = WAIT; got_fence = fence;
-            if
-            :: force ->
-                background = 1;
-#ifdef M_REFRESH_JOINS_OLD_RUN
-                again = (again || state == RUNNING)
-#else
-                again = (again || attempt != 0)
-#endif
-            :: else -> waiters = waiters | BIT(me)
-            fi
+            again = (again || (force && BEGAN(me)));
+            join(me)
 #ifdef M_TAKE_LIVE
         :: fence ->
 #else
@@ -324,12 +436,12 @@ inline acquire(force, following, me) {
             MUST(C1, MAY_PASS);
             if
             :: state == RUNNING && crashes + 1 >= MAX_CRASHES ->
-                told = DONE; got = ERROR + version + 1; got_fence = fence;
-                conclude(got, got_fence, 0)
+                told = DONE; got = ERROR + version + 1; got_fence = fence; SET_STARTED(got_started, started);
+                conclude(got, got_fence, !again, got_started)
             :: !(state == RUNNING && crashes + 1 >= MAX_CRASHES) && fences == FLIGHTS -> told = OUT
             :: else ->
                 crashes = crashes + (state == RUNNING);
-                ring(fence, waiters, 0);
+                ring(fence, waiters, 0, 0);
                 told = WIN
             fi
         :: !fence && fences == FLIGHTS -> told = OUT
@@ -339,26 +451,20 @@ inline acquire(force, following, me) {
         :: told == WIN ->
             new_fence();
             got_fence = fence; failure = 0; failure_fence = 0;
-            if
-            :: force -> background = 1
-            :: else -> waiters = waiters | BIT(me)
-            fi;
+            join(me);
             senders++
         :: else
         fi
-    fi;
-#if REFRESHES
+    fi
+}
+
+/* acquire for refresh(), or for the run that is to follow one. */
+inline ask_for_newer() {
+    acquire(1, 0, 0, NOBODY);
     if
-    :: force && told != OUT ->
-        asked_newer = 1;
-        i = 0;
-        do
-        :: i < WORKERS -> starts_newer[i] = 0; i++
-        :: else -> break
-        od
+    :: told != OUT -> promise()
     :: else
     fi
-#endif
 }
 
 /* ---- settle.lua ---- */
@@ -372,7 +478,8 @@ inline settle(whose, its_attempt, outcome) {
     :: fence == whose && attempt == its_attempt ->
 #endif
         MUST(S4, fence == whose && attempt == its_attempt);
-        conclude(outcome, whose, 1)
+        SET_STARTED(got_started, (its_attempt -> started : since));
+        conclude(outcome, whose, 1, got_started)
     :: else ->
         if
 #ifdef M_SETTLE_UNCHECKED
@@ -380,11 +487,11 @@ inline settle(whose, its_attempt, outcome) {
 #endif
         :: its_attempt && aside[whose] == its_attempt ->
 #ifdef M_STORE_DETACHED
-            give(whose, aside_waiters[whose], outcome, whose, 1);
+            give(whose, aside_waiters[whose], outcome, whose, 1, ASIDE_STARTED(whose));
 #else
-            give(whose, aside_waiters[whose], outcome, whose, 0);
+            give(whose, aside_waiters[whose], outcome, whose, 0, ASIDE_STARTED(whose));
 #endif
-            aside[whose] = 0; aside_waiters[whose] = 0
+            clear_aside(whose)
         :: else
         fi
     fi
@@ -405,8 +512,13 @@ inline confirm(whose) {
 
 /* ---- invalidate.lua ---- */
 inline invalidate() {
-#ifndef M_INVALIDATE_KEEPS_VALUE
-    entry = 0; entry_fence = 0;
+#if defined(M_INVALIDATE_KEEPS_STALE)
+    if
+    :: !IS_STALE -> drop_entry()
+    :: else
+    fi;
+#elif !defined(M_INVALIDATE_KEEPS_VALUE)
+    drop_entry();
 #endif
 #ifndef M_KEEP_ERROR
     failure = 0; failure_fence = 0;
@@ -414,12 +526,31 @@ inline invalidate() {
     if
 #ifndef M_KEEP_LOCK
     :: state == RUNNING ->
-        aside[fence] = attempt; aside_waiters[fence] = waiters;
+        aside[fence] = attempt; aside_waiters[fence] = waiters; SET_STARTED(aside_started[fence], started);
+#if PROMISES
+        aside_again = aside_again | (again << fence);
+#endif
         clear_flight()
 #endif
 #ifndef M_RETRY_KEEPS_ATTEMPT
     :: state == QUEUED && attempt -> attempt++
 #endif
+    :: else
+    fi
+}
+
+/* ---- expire.lua, of a value that is kept on as a stale one ---- */
+inline expire() {
+#ifdef M_EXPIRE_FORGETS_RUN
+    skip;
+#elif defined(M_EXPIRE_FORGETS_RETRY)
+    again = (again || state == RUNNING);
+#else
+    again = (again || attempt != 0);
+#endif
+    SET_STALE((entry != 0));
+    if
+    :: fence -> promise()
     :: else
     fi
 }
@@ -436,8 +567,12 @@ inline send(whose, its_retries, redelivered) {
 
 /* ================================================ a caller ================================================ */
 
-/* A look changes something: there is an outcome, another flight, or a lease that has passed. */
-#define WORTH(f) (parked[f] || (aside[f] -> ASIDE_MAY_PASS(f) : (entry || failure || fence != f || MAY_PASS)))
+/* A look changes something: there is an outcome, another flight, a lease that has passed, or another run to ask for. */
+#define WORTH(f) (parked[f] || (aside[f] -> ASIDE_MAY_PASS(f) : (GOOD(forces, seen, me) || (failure && !forces) \
+    || fence != f || MAY_PASS || (forces && BEGAN(me) && !again))))
+
+/* It began before the call, which then meets the next flight in the lobby. */
+#define REFUSES(me, began) (HAS_SINCE(me) && !LATE_ENOUGH(began, me))
 
 inline unfollow(me) {
     got = follows[me];
@@ -446,27 +581,89 @@ inline unfollow(me) {
     do
     :: i < CALLERS && follows[i] == got -> break
     :: i < CALLERS && follows[i] != got -> i++
-    :: i == CALLERS -> parked[got] = 0; break
+    :: i == CALLERS -> parked[got] = 0; SET_STARTED(parked_started[got], 0); break
     od
 }
 
-inline finish(me, outcome, outcome_fence) {
-    MUST(S2, VERSION_OF(outcome) >= known[me]);
-    MUST(S5, outcome_fence >= follows[me]);
+/* The call is over. */
+inline end_call(me) {
     unfollow(me);
-    known[me] = 0
+    known[me] = 0;
+#ifdef STALE
+    seen = 0; spare = 0; failed = 0;
+#endif
+#if FORCES
+    forces = 0;
+    since = since & ~BIT(me); started = started & ~BIT(me); entry_started = entry_started & ~BIT(me);
+    mail_started = mail_started & ~BIT(me);
+    i = 0;
+    do
+    :: i <= FLIGHTS ->
+        parked_started[i] = parked_started[i] & ~BIT(me); aside_started[i] = aside_started[i] & ~BIT(me);
+        i++
+    :: else -> break
+    od;
+    i = 0;
+    do
+    :: i < WORKERS -> run_started[i] = run_started[i] & ~BIT(me); i++
+    :: else -> break
+    od
+#else
+    skip
+#endif
 }
 
-inline look(me) {
-    acquire(0, follows[me], me);
+/* It gets no value. With a stale one to spare it takes a last look; data that were invalid before are too old then. */
+inline fail(me) {
+#ifdef STALE
     if
-    :: told == DONE -> finish(me, got, got_fence)
+    :: spare -> unfollow(me); failed = 1; known[me] = acknowledged
+    :: else -> end_call(me)
+    fi
+#else
+    end_call(me)
+#endif
+}
+
+inline finish(me, outcome, outcome_fence, began) {
+    MUST(S2, VERSION_OF(outcome) >= known[me]);
+    MUST(S5, outcome_fence >= follows[me]);
+    /* Too many crashes are told to a first look too: an error, and no outcome of a run. */
+    MUST(C5, !forces || LATE_ENOUGH(began, me) || ((outcome & ERROR) && !HAS_SINCE(me)));
+    if
+    :: outcome & ERROR -> fail(me)
+    :: else -> end_call(me)
+    fi
+}
+
+/* The look of a call that forces sees an old outcome only if that was parked, or if it was the last of too many
+ * crashes; it then leaves the room, and looks as a newcomer does. */
+inline look(me) {
+    do
+    :: acquire(forces, seen, follows[me], me);
+        if
+#ifndef M_FORCE_TAKES_OLD_RUN
+        :: told == DONE && REFUSES(me, got_started) -> unfollow(me)
+        :: told != DONE || !REFUSES(me, got_started) -> break
+#else
+        :: true -> break
+#endif
+        fi
+    od;
+    if
+    :: told == DONE -> finish(me, got, got_fence, got_started)
     :: told == OUT ->
 #ifdef LIVE
         MUST(L1, false);    /* more flights than faults: they are made and dropped for ever */
 #endif
-        unfollow(me); known[me] = 0
+        end_call(me)
     :: else ->
+#if FORCES
+        if
+        :: forces && !HAS_SINCE(me) -> since = since | BIT(me); promise()
+        :: else
+        fi;
+#endif
         if
         :: follows[me] && follows[me] != got_fence -> unfollow(me)
         :: else
@@ -483,7 +680,7 @@ inline look(me) {
 inline leave(me) {
     waiters = waiters & ~BIT(me);
     aside_waiters[follows[me]] = aside_waiters[follows[me]] & ~BIT(me);
-    unfollow(me); known[me] = 0
+    fail(me)
 }
 
 /* Callers are alike, so they begin in order. */
@@ -493,16 +690,84 @@ proctype caller(byte me) {
     byte calls = CALLS;
     byte won;           /* the flight that it has to dispatch */
     bit sent_it;
+#if FORCES
+    bit forces;         /* mode "force" */
+#endif
+#ifdef STALE
+    byte seen;          /* the fence of a value that is not fresh enough */
+    byte spare;         /* that value, if the call waits for a better one; else it has been served */
+    bit failed;         /* there is none */
+#endif
+#ifdef M_STALE_COPY
+    byte copy;
+#endif
 
     do
     /* A call: GET, then the first look. Nobody else sees what lies between, and to begin late is the harder case. */
-    :: atomic { calls && !follows[me] && IN_TURN(me) -> calls--; begun[me] = 1; known[me] = acknowledged; look(me) }
+    :: atomic { calls && !follows[me] && !won && !seen && IN_TURN(me) ->
+        calls--; begun[me] = 1; known[me] = acknowledged;
+#if FORCES
+        if
+        :: forcing -> forcing--; forces = 1
+        :: true
+        fi;
+#endif
+#ifdef STALE
+        if
+#ifdef M_STALE_COPY
+        :: !entry && copy -> finish(me, copy, 0, 0)
+#endif
+        /* It is served, and a refresh asked for beside the call. */
+        :: IS_SERVED && !forces ->
+#ifdef M_STALE_COPY
+            copy = entry;
+#endif
+            finish(me, entry, entry_fence, 0);
+            seen = entry_fence
+        /* Only an error, or no answer in time, will have it served. */
+        :: entry && stale && !forces -> seen = entry_fence; spare = entry
+        :: !(entry && stale) || forces -> look(me)
+        fi }
+    :: atomic { seen && !spare ->
+        acquire(0, seen, 0, NOBODY);
+        seen = 0;
+        if
+        :: told == WIN -> won = got_fence
+#ifdef LIVE
+        :: told == OUT -> MUST(L1, false)
+#endif
+        :: else
+        fi }
+    :: atomic { spare && !follows[me] && !failed -> look(me) }
+    /* The last look: whatever is stored now. */
+    :: atomic { failed ->
+#ifdef M_SPARE_UNCHECKED
+        finish(me, spare, seen, 0)
+#else
+        if
+        :: entry -> finish(me, entry, entry_fence, 0)
+        :: else -> end_call(me)
+        fi
+#endif
+        }
+#else
+        look(me) }
+#endif
 #ifdef M_NO_POLL
     :: atomic { follows[me] && !won && bell[me] -> look(me) }
 #else
     :: atomic { follows[me] && !won && WORTH(follows[me]) -> look(me) }
 #endif
-    :: atomic { follows[me] && !won && mail[me] -> finish(me, mail[me], MAIL_FENCE(me)) }
+    :: atomic { follows[me] && !won && mail[me] ->
+        if
+#ifndef M_FORCE_TAKES_OLD_RUN
+        :: REFUSES(me, mail_started) -> unfollow(me); look(me)
+        :: !REFUSES(me, mail_started) ->
+#else
+        :: true ->
+#endif
+            finish(me, mail[me], MAIL_FENCE(me), mail_started)
+        fi }
     :: atomic { won && !sent_it -> send(won, 0, 0); senders--; sent_it = 1 }
     :: atomic { won && sent_it -> confirm(won); won = 0; sent_it = 0 }
 #ifdef ERRORS
@@ -514,14 +779,14 @@ proctype caller(byte me) {
         fi;
         settle(won, 0, ERROR + version + 1);
         senders--; won = 0;
-        unfollow(me); known[me] = 0 }
+        fail(me) }
 #endif
 #if CRASHES
     :: atomic { won && dying ->
-        dying--; senders = senders - !sent_it; won = 0; sent_it = 0; calls = 0; unfollow(me); known[me] = 0 }
+        dying--; senders = senders - !sent_it; won = 0; sent_it = 0; calls = 0; end_call(me) }
 #endif
     :: atomic { leaving && follows[me] && !won -> leaving--; leave(me) }
-    :: atomic { !calls && !follows[me] && !won -> break }
+    :: atomic { !calls && !follows[me] && !won && !seen -> break }
     od
 }
 
@@ -533,7 +798,7 @@ proctype caller(byte me) {
 
 inline idle(me) {
     run_fence[me] = 0; run_attempt[me] = 0; run_version[me] = 0; late[me] = 0; gave_up[me] = 0;
-    starts_newer[me] = 0; busy[me] = 0; m_old = 0; m_tries = 0
+    starts_newer[me] = 0; busy[me] = 0; m_old = 0; m_tries = 0; SET_STARTED(run_started[me], 0)
 }
 
 /* S3, seen from the run that begins: the other one was superseded, detached, late or asked for a retry. */
@@ -579,7 +844,7 @@ inline claim(me, whose, its_retries, redelivered) {
             if
             :: crashes >= MAX_CRASHES ->
                 told = DROP; got = ERROR + version + 1; got_fence = fence;
-                conclude(got, got_fence, 0)
+                conclude(got, got_fence, !again, started)
             :: else
             fi
         fi
@@ -628,7 +893,8 @@ inline claim(me, whose, its_retries, redelivered) {
         last_run = attempt;
         state = RUNNING; retries = its_retries; again = 0;
         run_fence[me] = fence; run_attempt[me] = attempt; run_version[me] = version;
-#if REFRESHES
+        SET_STARTED(started, since); SET_STARTED(run_started[me], since);
+#if PROMISES
         starts_newer[me] = 1;
 #endif
         m_old = (whose != fence)
@@ -639,12 +905,21 @@ inline claim(me, whose, its_retries, redelivered) {
 #define VALUE(me) (run_version[me] + 1)
 
 inline end_run(me, outcome) {
-#if REFRESHES
+#if defined(TAGS) && defined(M_INDEX_AFTER_RUN)
+    indexed = 1;
+#endif
+#if FORCES
+    MUST(C5, fence != run_fence[me] || attempt != run_attempt[me] || started == run_started[me]);
+    MUST(C5, aside[run_fence[me]] != run_attempt[me] || aside_started[run_fence[me]] == run_started[me]);
+#endif
+#if PROMISES
     go = (fence == run_fence[me] && attempt == run_attempt[me]);
     if
     :: go ->
         MUST(C3, again || !asked_newer || starts_newer[me]);
         m_again = again
+    :: !go && aside[run_fence[me]] == run_attempt[me] ->
+        m_again = ((aside_again & BIT(run_fence[me])) && !fence && !entry)
     :: else
     fi;
 #endif
@@ -681,8 +956,8 @@ inline requeue(me) {
     :: else ->
         if
         :: aside[run_fence[me]] == run_attempt[me] ->
-            ring(run_fence[me], aside_waiters[run_fence[me]], 0);
-            aside[run_fence[me]] = 0; aside_waiters[run_fence[me]] = 0
+            ring(run_fence[me], aside_waiters[run_fence[me]], 0, 0);
+            clear_aside(run_fence[me])
         :: else
         fi
     fi
@@ -698,6 +973,10 @@ proctype worker(byte me) {
     bit publishing;         /* a retry: between requeue and the message */
     bit m_again;            /* settle answered AGAIN */
     byte m_won;             /* the flight of that refresh */
+#ifdef TAGS
+    byte m_fence;           /* of a message between the index and the claim */
+    bit m_came_again;       /* it was redelivered */
+#endif
 
 end_idle:
     atomic {
@@ -710,7 +989,17 @@ end_idle:
         RECEIVE(2)
 #endif
         fi;
-        sent--; busy[me] = 1;
+        busy[me] = 1;
+#if defined(TAGS) && !defined(M_INDEX_AFTER_CLAIM) && !defined(M_INDEX_AFTER_RUN)
+        indexed = 1;
+        m_fence = go; m_tries = m_retries; m_came_again = m_redelivered
+    }
+    /* To die here is what it is to lose the message, or to have it delivered again. */
+    atomic {
+        go = m_fence; m_retries = m_tries; m_redelivered = m_came_again;
+        m_fence = 0; m_tries = 0; m_came_again = 0;
+#endif
+        sent--;
 #ifdef LIVE
         if
         :: true -> claim(me, go, m_retries, m_redelivered)
@@ -741,6 +1030,9 @@ end_idle:
         :: else -> idle(me); goto end_idle
         fi
     }
+#if defined(TAGS) && defined(M_INDEX_AFTER_CLAIM)
+    indexed = 1;
+#endif
     do
     :: atomic { freezing && !late[me] -> freezing--; late[me] = 1 }
     :: atomic { RENEWS(me) -> late[me] = 0 }
@@ -791,11 +1083,11 @@ end_idle:
 #endif
 #endif
     od;
-#if REFRESHES
+#if PROMISES
     if
     :: atomic { m_again ->
         m_again = 0;
-        acquire(1, 0, 0);
+        ask_for_newer();
         if
         :: told == WIN -> m_won = got_fence
         :: else
@@ -817,7 +1109,15 @@ proctype invalidator() {
     do
     :: left ->
         version++;
+#ifdef TAGS
+        /* Read the tag's index, then invalidate each entry that it names. */
+        if
+        :: atomic { indexed -> left-- }; atomic { invalidate() }
+        :: atomic { !indexed -> left-- }
+        fi;
+#else
         atomic { left--; invalidate() }
+#endif
         atomic { acknowledged = version; MUST(S1, !entry || VERSION_OF(entry) >= acknowledged) }
     :: else -> break
     od
@@ -835,12 +1135,13 @@ end_main:
         :: state == RUNNING && fence == killed_fence && attempt == killed_attempt ->
 #endif
             MUST(S4, fence == killed_fence && attempt == killed_attempt);
-            conclude(ERROR + version + 1, killed_fence, 0)
+            conclude(ERROR + version + 1, killed_fence, !again, started)
         :: else ->
             if
             :: aside[killed_fence] == killed_attempt ->
-                give(killed_fence, aside_waiters[killed_fence], ERROR + version + 1, killed_fence, 0);
-                aside[killed_fence] = 0; aside_waiters[killed_fence] = 0
+                give(killed_fence, aside_waiters[killed_fence], ERROR + version + 1, killed_fence, 0,
+                    ASIDE_STARTED(killed_fence));
+                clear_aside(killed_fence)
             :: else
             fi
         fi;
@@ -852,11 +1153,17 @@ end_main:
 proctype putter() {
     byte left = PUTS;
     do
+#if defined(TAGS) && !defined(M_PUT_UNINDEXED)
+    :: atomic { left && !putting -> indexed = 1; putting = 1 }
+    :: atomic { left && putting && fences < FLIGHTS ->
+        putting = 0;
+#else
     :: atomic { left && fences < FLIGHTS ->
+#endif
         left--; fences++;
         if
-        :: fence -> conclude(version + 1, fences, 1)
-        :: else -> store(version + 1, fences)
+        :: fence -> conclude(version + 1, fences, 1, since)
+        :: else -> store(version + 1, fences, since)
         fi;
         failure = 0; failure_fence = 0 }
     :: else -> break
@@ -868,7 +1175,7 @@ proctype refresher() {
     do
     :: atomic { left && !won ->
         left--;
-        acquire(1, 0, 0);
+        ask_for_newer();
         if
         :: told == WIN -> won = got_fence
         :: else
@@ -878,11 +1185,30 @@ proctype refresher() {
     od
 }
 
-/* A value's TTL is over; or a flight's, a minute after its lease. */
+proctype expirer() {
+    byte left = EXPIRE_CALLS;
+    do
+    :: atomic { left -> left--; expire() }
+    :: else -> break
+    od
+}
+
+/* A value's TTL is over, or a flight's, a minute after its lease. Before that, a value's freshness is. And an index
+ * forgets an entry that has neither a value nor a run. */
 proctype expiry() {
 end_expiry:
     do
-    :: atomic { expiring && entry -> expiring--; entry = 0; entry_fence = 0 }
+#ifdef STALE
+#ifdef LIVE
+    :: atomic { expiring && entry && !stale -> expiring--; stale = 1 }
+#else
+    :: atomic { entry && !stale -> stale = 1 }
+#endif
+#endif
+#ifdef TAGS
+    :: atomic { indexed && !entry && !putting && !ANY_WORKER(IS_BUSY) -> indexed = 0 }
+#endif
+    :: atomic { expiring && entry -> expiring--; drop_entry() }
     :: atomic { expiring && MAY_PASS -> expiring--; clear_flight() }
     od
 }
@@ -911,7 +1237,10 @@ init {
 #if DISOWNED
         run main_process();
 #endif
-#if EXPIRIES
+#if EXPIRE_CALLS
+        run expirer();
+#endif
+#if EXPIRIES || defined(STALE) || defined(TAGS)
         run expiry();
 #endif
         skip

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
+from fnmatch import fnmatchcase
 from typing import Any
 from uuid import UUID
 
 import pytest
 
 from celery_memolock import ArgumentError, OptionError
-from celery_memolock.keys import KeyMaker, Keys
+from celery_memolock.keys import KeyMaker, Keys, TagKeys, entry_prefix, pattern
 from celery_memolock.options import Options
 
 
@@ -196,3 +197,30 @@ def test_braces_in_a_task_name() -> None:
     """A task's name may not have braces."""
     with pytest.raises(OptionError, match="braces"):
         KeyMaker("a{b}", inspect.signature(f), Options(ttl=5))
+
+
+@pytest.mark.parametrize(("one", "other"), [("user", "user:1"), ("a:b", "a%3Ab"), ("a%:b", "a%25:b")])
+def test_colons_in_a_task_name(one: str, other: str) -> None:
+    """They end no part of a key: no two tasks share a name, nor does one's begin as all of another's do."""
+    options = Options(ttl=5, key=lambda text: text)
+    ours, theirs = (KeyMaker(name, inspect.signature(lambda text: text), options) for name in (one, other))
+    assert ours.keys(("1:7",), {}) != theirs.keys(("7",), {})
+    theirs_entry = theirs.keys(("7",), {}).entry
+    assert not theirs_entry.startswith(entry_prefix("memolock", one))
+    assert not fnmatchcase(theirs_entry, pattern("memolock", one, "e"))
+    assert theirs_entry.startswith(entry_prefix("memolock", other))
+    assert fnmatchcase(theirs_entry, pattern("memolock", other, "e"))
+
+
+def test_refresh_calls_that_do_not_fit() -> None:
+    """They are refused where the task is defined, and so is a task that needs arguments and is given none."""
+    for calls in ([("a", 1, 2)], [("a",), ()], [()]):
+        with pytest.raises(OptionError, match=r"refresh_calls of task 'shop\.f': the arguments .* do not fit it"):
+            maker(plain, refresh_every=1, refresh_calls=calls)
+    maker(plain, refresh_every=1, refresh_calls=[("a",), ("a", 1)])
+
+
+def test_tags_that_cannot_be_sent() -> None:
+    """Half of a character of two, as a broken text may hold, has a name that can be sent, and one of its own."""
+    names = TagKeys.of("memolock", "f", ["\ud83d", "\ude00", "\U0001f600", "a\n"]).all
+    assert len({name.encode() for name in names}) == 4

@@ -31,7 +31,7 @@ def made(clock: Clock, ttl: float = 10, entries: int = 100, size: int = 100_000)
 
 
 def entry(body: bytes = b"1", fence: str = "17-abc") -> Entry:
-    return Entry(False, fence, 1, 2, 3, "application/json", "utf-8", "-", body)
+    return Entry(False, False, fence, 1, 2, 3, "application/json", "utf-8", "-", "", body)
 
 
 def keep(local: Local, key: str, value: Any = 1, body: bytes = b"1") -> None:
@@ -49,6 +49,21 @@ def test_kept_until_its_time(clock: Clock) -> None:
     clock.now += 0.1
     local.proved(clock.now)
     assert local.get("k") is MISSING
+
+
+def test_kept_no_longer_than_asked_for(clock: Clock) -> None:
+    """A value may have to be read anew long before it expires; on an error it counts for as long as ever."""
+    local = made(clock)
+    local.end("k", local.begin("k"), 7, entry(), 9.0, 3.0)
+    assert local.get("k") == 7
+    clock.now += 3
+    local.proved(clock.now)
+    assert local.get("k") is MISSING
+    local.cut()
+    clock.now += 5.9
+    assert local.quarantined("k", 0.0) is not None
+    clock.now += 0.2
+    assert local.quarantined("k", 0.0) is None
 
 
 @pytest.mark.parametrize("value", ["text", 1, 1.5, True, None, b"bytes"])
@@ -87,24 +102,68 @@ def test_change_during_a_read(clock: Clock) -> None:
         assert local.get("k") is MISSING
 
 
-def test_the_later_of_two_reads(clock: Clock) -> None:
-    """Of two reads at once only the one that began last may keep what it found."""
+def test_reads_at_once(clock: Clock) -> None:
+    """Of reads that never cease to overlap each may keep what it found."""
     local = made(clock)
     first, second = local.begin("k"), local.begin("k")
     local.end("k", first, "first", entry())
-    assert local.get("k") is MISSING
+    assert local.get("k") == "first"
+    third = local.begin("k")
     local.end("k", second, "second", entry())
+    local.end("k", second)  # as at the end of all reads
     assert local.get("k") == "second"
+    local.end("k", third, "third", entry())
+    assert local.get("k") == "third"
 
 
 @pytest.mark.parametrize("newer_first", [True, False])
 def test_nothing_older_than_what_was_found(clock: Clock, newer_first: bool) -> None:
-    """Of two reads at once the later to begin may have found the older value: it is not kept, or not any more."""
+    """Of two reads at once the later to begin, or to end, may have found the older value: the newer one is kept."""
+    local = made(clock)
+    for first_began in (True, False):
+        tickets = [local.begin("k"), local.begin("k")]
+        ends = [(tickets[not first_began], "new", entry(fence="18-b")), (tickets[first_began], "old", entry())]
+        for ticket, value, found in ends if newer_first else ends[::-1]:
+            local.end("k", ticket, value, found)
+        assert local.get("k") == "new"
+        local.drop("k")
+
+
+def test_newer_than_what_may_be_kept(clock: Clock) -> None:
+    """A read that must keep nothing, as a change was told meanwhile, shows all the same what is too old."""
+    local = made(clock)
+    for newest_first in (True, False):
+        lost = local.begin("k")
+        local.drop("k")
+        ticket = local.begin("k")
+        ends = [(lost, "new", entry(fence="18-b")), (ticket, "old", entry())]
+        for each, value, found in ends if newest_first else ends[::-1]:
+            local.end("k", each, value, found)
+        assert local.get("k") is MISSING
+
+
+def test_one_of_several_reads_found_nothing(clock: Clock) -> None:
+    """Nobody knows whether that is newer than what the others found: they keep nothing, but the next may."""
     local = made(clock)
     first, second = local.begin("k"), local.begin("k")
-    ends = [(first, "new", entry(fence="18-b")), (second, "old", entry(fence="17-a"))]
-    for ticket, value, found in ends if newer_first else ends[::-1]:
-        local.end("k", ticket, value, found)
+    local.end("k", second)
+    third = local.begin("k")
+    local.end("k", first, 1, entry())
+    assert local.get("k") is MISSING
+    local.end("k", third, 3, entry())
+    assert local.get("k") == 3
+
+
+def test_superseded(clock: Clock) -> None:
+    """What somebody here has seen since takes away what is older, and nothing else."""
+    local = made(clock)
+    keep(local, "k")
+    local.supersede("k", entry(fence="17-def"))
+    assert local.get("k") == 1
+    reading = local.begin("k")
+    local.supersede("k", entry(fence="18-abc"))
+    assert local.get("k") is MISSING
+    local.end("k", reading, 1, entry(fence="17-abc"))
     assert local.get("k") is MISSING
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from celery_memolock import (
     MISS,
+    ArgumentError,
     DispatchError,
     FlightFailed,
     OptionError,
@@ -17,14 +18,19 @@ from celery_memolock import (
     ValueTooLarge,
     WaitTimeout,
 )
+from celery_memolock.clock import Clock
 from celery_memolock.codec import Codec, Entry, pack_error, unpack_error
 from celery_memolock.keys import Keys
-from celery_memolock.options import Options
+from celery_memolock.local import MISSING, Local
+from celery_memolock.options import Options, Progress
 from celery_memolock.protocol import (
     Acquire,
+    Aside,
     Body,
+    CachedEntry,
     Call,
     Claim,
+    Computing,
     Confirm,
     Defer,
     Dispatch,
@@ -33,6 +39,7 @@ from celery_memolock.protocol import (
     Get,
     GoesOn,
     Hold,
+    Index,
     Leave,
     Listen,
     Pause,
@@ -66,13 +73,11 @@ class Server:
     """Replies to effects from a script of answers, and remembers what was asked."""
 
     def __init__(self, **answers: Any) -> None:
-        self.rooms = Rooms(lambda: 1.0, lambda _: None)
+        self.rooms = Rooms(lambda: 1.0, lambda _: None, lambda: 0.0)
         self.now = 0.0
+        self.clock = Clock(lambda: self.now)
         self.asked: list[Any] = []
         self.answers = {"Get": None, "Confirm": True, "Leave": None, "Settle": "OK", **answers}
-
-    def clock(self) -> float:
-        return self.now
 
     def __call__(self, effect: Any) -> Any:
         self.asked.append(effect)
@@ -81,7 +86,7 @@ class Server:
                 self.now += max(0.0, effect.timeout)
             return effect.seat.turn
         if isinstance(effect, TakeSeat):
-            return Seat(lambda: None)
+            return Seat()
         if isinstance(effect, Pause):
             self.now += effect.seconds
         answer = self.answers.get(type(effect).__name__)
@@ -131,7 +136,7 @@ def test_winner() -> None:
     """A miss listens before it looks; the winner dispatches, confirms, and waits like all others."""
     server = Server(Acquire=[Won("17-abc", 5.0), Done(entry(7))])
     assert ask(server) == 7
-    assert server.kinds() == [Get, Listen, TakeSeat, Wait, Acquire, Dispatch, Confirm, Wait, Acquire, Wait]
+    assert server.kinds() == [Get, TakeSeat, Listen, Wait, Acquire, Dispatch, Confirm, Wait, Acquire, Wait]
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +160,22 @@ def test_follower() -> None:
     assert [look.following for look in looks] == ["", "17-abc"]
     assert looks[0].nonce != looks[1].nonce
     assert Dispatch not in server.kinds()
+
+
+def test_outcome_comes_between_the_turn_and_the_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The listener has the outcome just when a caller sets out to look: it asks nobody, and takes it."""
+    server = Server(Acquire=[Waiting("17-abc", 5.0, "R", 0.1)])
+    begin = server.rooms.begin_look
+
+    def late(seat: Seat) -> Any:
+        if Acquire in server.kinds():
+            server.rooms.notice("17-abc", entry(7))
+        return begin(seat)
+
+    monkeypatch.setattr(server.rooms, "begin_look", late)
+    assert ask(server) == 7
+    assert server.kinds().count(Acquire) == 1
+    assert len(server.rooms) == 0
 
 
 def test_dispatch_fails() -> None:
@@ -185,7 +206,7 @@ def test_store_down() -> None:
 def test_server_that_is_slower_than_a_caller_is_patient() -> None:
     """A look that came to nothing because its caller had no more time ends that caller alone: another one looks."""
     server = Server(Acquire=StoreUnavailable("did not answer in time"))
-    others = [Seat(lambda: None) for _ in range(2)]
+    others = [Seat() for _ in range(2)]
 
     def slow(effect: Any) -> Any:
         if isinstance(effect, Acquire):
@@ -210,12 +231,12 @@ def test_patience_with_the_broker(wait_timeout: float, expected: float) -> None:
 
 def test_unreadable_entry_is_a_miss() -> None:
     """An entry that cannot be read is reported, and not taken for the answer again."""
-    foreign = b"ML1 V 9-fff 1 2 3 application/x-python-serialize binary -\nx"
+    foreign = b"ML1 V 9-fff 1 2 3 application/x-python-serialize binary - =\nx"
     server = Server(Get=foreign, Acquire=[Won("17-abc", 5.0), Done(entry(7))])
     assert ask(server) == 7
     assert Unreadable in server.kinds()
     assert next(effect for effect in server.asked if isinstance(effect, Acquire)).seen == "9-fff"
-    half = Server(Get=b"ML1 V 9-fff x y z json utf-8 -\n1", Acquire=Done(entry(7)))
+    half = Server(Get=b"ML1 V 9-fff x y z json utf-8 - =\n1", Acquire=Done(entry(7)))
     assert ask(half) == 7
     assert next(effect for effect in half.asked if isinstance(effect, Acquire)).seen == "9-fff"
     garbage = Server(Get=b"garbage", Acquire=Done(entry(7)))
@@ -257,7 +278,11 @@ def test_interrupts_leave_nothing() -> None:
 def test_abandoned_generator() -> None:
     """A core whose driver is gone leaves no caller in a room."""
     server = Server(Acquire=Waiting("17-abc", 5.0, "R", 0.0))
-    core = fetch(call(), server.rooms, server.clock)
+    first = fetch(call(), server.rooms, server.clock)
+    assert isinstance(next(first), Get)
+    with pytest.raises(StopIteration) as end:
+        first.send(None)
+    core = end.value.value.core
     effect = next(core)
     while not isinstance(effect, Acquire):
         effect = core.send(server(effect))
@@ -268,7 +293,7 @@ def test_abandoned_generator() -> None:
 def test_reentrant() -> None:
     """A call for a key in its own chain is refused before anything is asked."""
     server = Server()
-    chained = replace(call(), chain=("memolock:1:e:{a:1:x}", KEYS.entry))
+    chained = replace(call(), chain=(Computing("memolock:1:e:{a:1:x}"), Computing(KEYS.entry)))
     with pytest.raises(ReentrantFlight, match=r"a:1:x -> shop\.f:1:abc -> shop\.f:1:abc"):
         drive(fetch(chained, server.rooms, server.clock), server)
     assert server.asked == []
@@ -282,6 +307,22 @@ def test_inline_caller_runs_an_unclaimed_flight() -> None:
         assert drive(fetch(inline, server.rooms, server.clock), server) == 7
         assert (Dispatch in server.kinds()) is runs
         assert Confirm not in server.kinds()
+
+
+@pytest.mark.parametrize("tags", [(), ("t",)])
+def test_inline_winner_claims_as_it_acquires(tags: tuple[str, ...]) -> None:
+    """One step less, but where an index of tags has to be written before a run begins."""
+    run = None if tags else RUN
+    server = Server(Acquire=[Won("17-abc", 5.0, 0, run), Done(entry(7))])
+    inline = replace(call(tags=tags), inline=lambda: True, holder=lambda: "h/1/2")
+    assert drive(fetch(inline, server.rooms, server.clock), server) == 7
+    first = next(effect for effect in server.asked if isinstance(effect, Acquire))
+    assert first.holder == ("" if tags else "h/1/2")
+    dispatch = next(effect for effect in server.asked if isinstance(effect, Dispatch))
+    assert dispatch.ticket.run == run
+    worker = Server(Body=Returned(1))
+    done = drive(compute(call(), dispatch.ticket, "h/1/2", 0, False, lambda: 0.0), worker) if run else None
+    assert done is None or (done == Finished("OK") and Claim not in worker.kinds())
 
 
 def test_refresh() -> None:
@@ -300,6 +341,110 @@ def test_peek() -> None:
     assert drive(peek(call()), Server(Get=b"garbage")) is MISS
     assert not MISS
     assert repr(MISS) == "MISS"
+
+
+# ---- with a stale value at hand
+
+
+def stale(value: Any, fence: str = "9-aaa") -> bytes:
+    """A value that has not been fresh for a second; see `NOW`."""
+    return entry(value, fence).replace(b"ML1 V", b"ML1 S")
+
+
+NOW = 1_000_000
+SPARING = {"stale_if_error": 60.0, "wait_timeout": 5.0}
+
+
+def entry_of(server: Server, **options: Any) -> CachedEntry[Any]:
+    described = replace(call(**options), described=True)
+    found: CachedEntry[Any] = drive(fetch(described, server.rooms, server.clock), server)
+    return found
+
+
+def test_what_on_progress_raises_is_no_error_of_the_flight() -> None:
+    """It is raised, though there is a stale value to return when a fresh one cannot be had."""
+    waiting = Waiting("17-abc", 5.0, "R", 0.1, 0, b'1 1 [0.5, "half"]')
+    server = Server(Get=stale("old"), ServerTime=NOW, Acquire=waiting, ring=False)
+
+    def stop(progress: Progress) -> None:
+        raise KeyError(progress.message)
+
+    with pytest.raises(KeyError, match="half"):
+        ask(server, on_progress=stop, **SPARING)
+    assert len(server.rooms) == 0
+
+
+def test_newer_value_than_the_spare_one() -> None:
+    """What somebody stored while a refresh failed is as fresh as any."""
+    newer = entry(7, "18-abc").replace(b" 1 2 3 ", b" 1 %d 3 " % (NOW + 1_000_000))
+    server = Server(Get=[stale("old"), newer], ServerTime=NOW, Acquire=Done(failure(KeyError("k"))))
+    found = entry_of(server, **SPARING)
+    assert (found.value, found.state, found.error) == (7, "fresh", None)
+
+
+@pytest.mark.parametrize("pause", [{}, {"error_ttl": 8.0}])
+def test_nobody_answers_and_there_is_a_stale_value(pause: dict[str, float]) -> None:
+    """One call finds out. For a moment the next take the stale value at once, and the refresh is asked for beside."""
+    server = Server(Get=stale("old"), ServerTime=NOW, Acquire=Waiting("17-abc", 50.0, "Q", 0.0), ring=False)
+    for moment, waits in ((0.0, True), (0.0, False), (0.9, False), (8.0, True)):
+        server.now += moment
+        server.asked.clear()
+        began = server.now
+        found = entry_of(server, **SPARING, **pause)
+        assert (found.value, found.state, type(found.error)) == ("old", "error", WaitTimeout)
+        assert round(server.now - began, 6) == (5.0 if waits else 0.0)
+        assert (Aside in server.kinds()) is (moment == 0.0 and not waits)
+    server.answers["Get"] = stale("another", "10-bbb")
+    began = server.now
+    assert entry_of(server, **SPARING).value == "another"
+    assert round(server.now - began, 6) == 5.0
+
+
+def test_what_is_there_instead_of_the_stale_value_cannot_be_read() -> None:
+    """The time-out is raised, and not the trouble of reading what came in its place."""
+    for newer in (b"garbage", b"ML1 V 11-ccc 1 2 3 application/x-python-serialize binary - =\nx"):
+        waiting = Waiting("17-abc", 50.0, "R", 0.0)
+        server = Server(Get=[stale("old"), newer], ServerTime=NOW, Acquire=waiting, ring=False)
+        with pytest.raises(WaitTimeout):
+            ask(server, **SPARING)
+
+
+def test_soft_timeout_is_for_those_who_may_have_it() -> None:
+    """Past `stale_ttl` a value that is kept for errors is returned as such, after the hard time-out."""
+    server = Server(Get=stale("old"), ServerTime=NOW, Acquire=Waiting("17-abc", 50.0, "R", 0.0), ring=False)
+    assert entry_of(server, **SPARING, stale_ttl=10.0, soft_timeout=1.0).state == "stale"
+    assert server.now == 1.0
+    assert entry_of(server, **SPARING, stale_ttl=0.5, soft_timeout=1.0).state == "error"
+    assert server.now == 6.0
+
+
+def test_kept_no_longer_than_it_is_fresh() -> None:
+    """The server may be late to drop, and to tell of, a value whose time is over."""
+    raw = entry(7).replace(b" 1 2 3 ", b" 1 %d 3 " % (NOW + 1_000_000))
+    server = Server(Get=raw, ServerTime=NOW)
+    local = Local(60.0, 10, 10_000, 1000.0, lambda: server.now)
+    local.proved(server.now)
+    assert drive(fetch(replace(call(), local=local), server.rooms, server.clock), server) == 7
+    assert local.get(KEYS.entry) == 7
+    server.now += 1.0
+    assert local.get(KEYS.entry) is MISSING
+
+
+@pytest.mark.parametrize(
+    ("early", "kept_for"), [({}, 60.0), ({"early_refresh": 0.8}, 40.0), ({"early_refresh": 0.1}, 0)]
+)
+def test_kept_here_until_it_is_to_be_refreshed(early: dict[str, Any], kept_for: float) -> None:
+    """A value is served from this process only up to its early moment, or nobody would see that this has come."""
+    fresh = entry("new", "9-aaa").replace(b" 1 2 3 ", b" 0 100000000 0 ")  # of 100 s of ttl 40 are over
+    server = Server(Get=fresh, ServerTime=40_000_000)
+    local = Local(60.0, 10, 10_000, 1000.0, server.clock)
+    local.proved(server.now)
+    asked = replace(call(**early), local=local)
+    assert drive(fetch(asked, server.rooms, server.clock), server) == "new"
+    assert (Aside in server.kinds()) is (kept_for == 0)
+    for moment in (0.0, 39.9, 40.1, 59.9, 60.1):
+        server.now = moment
+        assert (local.get(KEYS.entry) is not MISSING) is (moment < kept_for)
 
 
 # ---- the worker
@@ -362,6 +507,90 @@ def test_patience_of_a_worker() -> None:
     assert 2.0 <= gone.now <= 3.0
     with pytest.raises(StoreUnavailable):
         work(Server(Claim=down))
+
+
+@pytest.mark.parametrize(
+    ("took", "options"),
+    [
+        (5.0, {}),
+        (66.0, {}),
+        (66.0, {"ttl": 100_000}),
+        (1.0, {"ttl": 100_000}),
+        (0.0, {"ttl": 60, "stale_ttl": 600}),
+        (0.0, {"external": True, "ttl": 100_000}),
+        (0.0, {"external": True, "external_timeout": 7200, "stale_if_error": 600}),
+    ],
+)
+def test_index_outlives_the_value(took: float, options: dict[str, Any]) -> None:
+    """However long the run took, its entry stays in the indices of its tags for as long as there may be a value."""
+    server = Server(Claim=RUN, Body=Returned(1))
+    gone = {"until": 0.0}
+
+    def passing(effect: Any) -> Any:
+        if isinstance(effect, Index):
+            gone["until"] = max(gone["until"], server.now + effect.life)
+        if isinstance(effect, Body):
+            server.now += took
+        return server(effect)
+
+    described = call(**{"ttl": 60, "max_run": 60, "tags": ("a",), **options})
+    drive(compute(described, TICKET, "h/1/2", 0, False, server.clock), passing)
+    assert server.kinds()[0] is Index
+    ends = described.options.external_timeout if described.options.external else server.now
+    assert gone["until"] >= ends + float(described.options.ttl) + described.options.keep_stale  # type: ignore[arg-type]
+    settled = [effect for effect in server.asked if isinstance(effect, Settle)]
+    assert [each.keep > 0 for each in settled] == [True] * (not described.options.external)
+
+
+def test_run_that_outlives_its_index() -> None:
+    """An invalidation by tag may have looked for it in vain: only those who wait get what it returns."""
+    server = Server(Claim=RUN)
+
+    def passing(effect: Any) -> Any:
+        if isinstance(effect, Body):
+            server.now += 200
+            return Returned(1)
+        return server(effect)
+
+    described = call(ttl=60, max_run=60, tags=("a",))
+    assert drive(compute(described, TICKET, "h/1/2", 0, False, server.clock), passing) == Finished("OK")
+    assert (server.asked[-1].kind, server.asked[-1].ttl, server.asked[-1].keep) == ("V", 0.0, 0.0)
+
+
+def _wrong(*_: Any) -> Any:
+    raise KeyError("user")
+
+
+WRONG_TAGS: list[Any] = [_wrong, lambda *_: 7, lambda *_: ["a", ""], lambda *_: ["a", 7]]
+
+
+@pytest.mark.parametrize("tags", WRONG_TAGS)
+def test_wrong_tags_in_the_caller(tags: Any) -> None:
+    """Whoever would start the flight hears of it before there is one."""
+    server = Server(Acquire=Won("17-abc", 5.0))
+    for ask_for in (fetch(call(tags=tags), server.rooms, server.clock), refresh(call(tags=tags))):
+        with pytest.raises(ArgumentError, match="tag"):
+            drive(ask_for, server)
+    assert server.kinds() == [Get]
+    assert len(server.rooms) == 0
+
+
+@pytest.mark.parametrize("tags", WRONG_TAGS)
+def test_wrong_tags_in_the_worker(tags: Any) -> None:
+    """What the worker alone finds wrong is told to those who wait, and the task does not run."""
+    server = Server(Claim=RUN)
+    done = work(server, tags=tags)
+    assert (done.answer, type(done.refused)) == ("OK", ArgumentError)
+    assert server.kinds() == [Claim, Settle]
+    assert (server.asked[-1].kind, server.asked[-1].run) == ("E", RUN)
+
+
+def test_cache_if_is_asked_first() -> None:
+    """A ttl that the task gave its value does not store one that `cache_if` refuses."""
+    for value, kept in (("no", 0.0), ("yes", 30.0)):
+        server = Server(Claim=RUN, Body=Returned(value, ttl=30.0))
+        work(server, cache_if=lambda value: value != "no")
+        assert server.asked[-1].keep == kept
 
 
 def test_worker_is_stopped() -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from celery_memolock.errors import StoreUnavailable
-from celery_memolock.rooms import Broken, Look, Place, Rooms, Seat, Settled, Turn
+from celery_memolock.rooms import Broken, Look, Place, Progressed, Rooms, Seat, Settled, Turn
 
 POLLS = (1.0, 5.0)
 
 
 def rooms() -> Rooms:
-    return Rooms(lambda: 1.0, lambda _: None)
+    return Rooms(lambda: 1.0, lambda _: None, lambda: 0.0)
 
 
 def seat() -> Seat:
-    return Seat(lambda: None)
+    return Seat()
 
 
 def enter(made: Rooms, key: str = "k") -> Seat:
@@ -47,6 +49,55 @@ def test_outcome_is_for_those_who_were_there() -> None:
     made.settled(look, b"v")
     assert first.turn == second.turn == Settled(b"v")
     assert late.turn is Turn.LOOK
+
+
+def test_closed() -> None:
+    """When nobody listens any more all are told: who waits, who looks, and who comes later."""
+    made = rooms()
+    seats = waiting(made, callers=2)
+    looker, late = enter(made, "other"), enter(made, "other")
+    look = made.begin_look(looker)
+    why = Broken(StoreUnavailable, "closed")
+    made.close(why)
+    assert [each.turn for each in (*seats, looker, late)] == [why] * 4
+    made.wait(look, "f2", 100.0, 0.0, POLLS)
+    assert enter(made).turn is why
+    assert [made.leave(each) for each in seats] == [None, None]
+    assert len(made) == 0
+
+
+def test_outcome_comes_before_the_look_begins() -> None:
+    """Who was told to look, and has the outcome before it does so, has nothing to look for."""
+    made = rooms()
+    seats = waiting(made, callers=2)
+    made.tick(10.0)
+    assert seats[0].turn is Turn.LOOK
+    made.notice("f1", b"v")
+    assert made.begin_look(seats[0]) is None
+    assert seats[0].turn == seats[1].turn == Settled(b"v")
+    assert len(made) == 0
+
+
+def test_one_refresh_of_a_value() -> None:
+    """Of one value one refresh is asked for at a time, and again after a moment; of the next value at once."""
+    made = rooms()
+    asked = [made.may_refresh("k", fence, now) for fence, now in [("1", 0.0), ("1", 0.9), ("2", 0.9), ("2", 1.8)]]
+    assert asked == [True, False, True, False]
+    assert made.may_refresh("k", "2", 1.9)
+    assert made.may_refresh("another", "2", 1.9)
+
+
+def test_rest_of_a_value() -> None:
+    """For a while nobody waits for the successor of one value; other values are not concerned."""
+    made = rooms()
+    why = Broken(StoreUnavailable, "nobody answered")
+    made.rest("k", "1", 5.0, why)
+    assert [made.resting("k", "1", now) for now in (0.0, 4.9)] == [why, why]
+    assert made.resting("another", "1", 0.0) is None
+    assert made.resting("k", "1", 5.0) is None
+    made.rest("k", "1", 9.0, why)
+    assert made.resting("k", "2", 6.0) is None
+    assert made.resting("k", "1", 6.0) is None
 
 
 def test_newcomer_asks_for_itself() -> None:
@@ -210,7 +261,7 @@ def test_interrupted_look_may_have_registered() -> None:
 def test_timer() -> None:
     """A room looks again after the poll interval, which rises, or when the lease has passed."""
     alarms: list[float] = []
-    made = Rooms(lambda: 1.0, alarms.append)
+    made = Rooms(lambda: 1.0, alarms.append, lambda: 0.0)
     caller = enter(made)
     made.wait(made.begin_look(caller), "f1", 100.0, 0.0, POLLS)
     assert made.tick(0.5) == alarms[-1] == 1.0
@@ -235,6 +286,53 @@ def test_lost_link() -> None:
     assert one.turn is other.turn is Turn.LOOK
 
 
+def test_reports_overtake_each_other() -> None:
+    """A look and notices bring the same reports in any order: nobody hears one twice, or one older than the last."""
+    made = rooms()
+    [caller] = waiting(made)
+    caller.follows = True
+
+    def heard(raw: bytes) -> object:
+        for fence in ("f1", "f2"):
+            made.progressed(fence, raw)
+        turn = caller.turn
+        if isinstance(turn, Progressed):
+            made.heard(caller, turn)
+            return turn.raw
+        return turn
+
+    assert [heard(b"1 %d %d" % (n, n)) for n in (1, 3, 2, 3, 10, 9, 11)] == [b"1", b"3", None, None, b"10", None, b"11"]
+    made.ring_all()
+    made.wait(made.begin_look(caller), "f1", 100.0, 0.0, POLLS)
+    assert heard(b"1 10 10") is None
+    assert heard(b"2 1 again") == b"again"
+    assert heard(b"1 12 12") is None
+    made.ring_all()
+    made.wait(made.begin_look(caller), "f2", 100.0, 0.0, POLLS)
+    assert heard(b"1 1 anew") == b"anew"
+
+
+def test_who_computes_does_not_look() -> None:
+    """The turn to look goes to those who can take it; if nobody can, to the first who is back."""
+    made = rooms()
+    busy, other = waiting(made, callers=2)
+    made.away(busy)
+    made.notice("f1", b"")
+    assert (busy.turn, other.turn) == (None, Turn.LOOK)
+    made.away(other)
+    made.ring_all()
+    made.tick(1e9)
+    assert (busy.turn, other.turn) == (None, None)
+    made.back(other)
+    assert (busy.turn, other.turn) == (None, Turn.LOOK)
+    made.wait(made.begin_look(other), "f1", 100.0, 0.0, POLLS)
+    made.leave(other)
+    made.tick(1e9)
+    assert busy.turn is None
+    made.back(busy)
+    assert busy.turn is Turn.LOOK
+
+
 def test_random_walks() -> None:
     """In thousands of random steps nobody is stranded, no room looks twice at once, and nothing is left at the end."""
     for seed in range(300):
@@ -242,7 +340,7 @@ def test_random_walks() -> None:
 
 
 def _walk(rng: random.Random) -> None:
-    made = Rooms(rng.random, lambda _: None)
+    made = Rooms(rng.random, lambda _: None, lambda: 1e9)
     now = 0.0
     present: list[Seat] = []
     looks: dict[Seat, Look] = {}
@@ -299,4 +397,88 @@ def _walk(rng: random.Random) -> None:
         now += 10
         made.tick(now)
     assert not present, "a caller was stranded"
+    assert len(made) == 0
+
+
+class Sleeper(Seat):
+    """A seat of a loop that may stop, and be closed."""
+
+    running: bool | None = True
+
+    def ready(self) -> bool | None:
+        return self.running
+
+
+def asleep(made: Rooms, running: bool | None) -> tuple[Sleeper, Seat]:
+    """Seat one whose loop runs no more since its turn came, or while it looks, and one that waits beside it."""
+    sleeper = Sleeper()
+    made.enter("k", sleeper)
+    made.wait(made.begin_look(sleeper), "f1", 100.0, 0.0, POLLS)
+    made.notice("f1", b"")
+    assert sleeper.turn is Turn.LOOK
+    other = enter(made)
+    made.wait(made.begin_look(other), "f1", 100.0, 0.0, POLLS)
+    sleeper.running = running
+    return sleeper, other
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_turn_that_is_not_taken(running: bool) -> None:
+    """It passes to another caller after a moment. Who comes to itself after that has no turn."""
+    made = rooms()
+    sleeper, other = asleep(made, running)
+    assert made.tick(0.9) is not None
+    assert other.turn is None
+    made.tick(1.0)
+    assert (sleeper.turn, other.turn) == (None, Turn.LOOK)
+    assert made.begin_look(sleeper) is None
+    made.settled(made.begin_look(other), b"v")
+    assert isinstance(sleeper.turn, Settled)
+
+
+def test_look_that_does_not_end() -> None:
+    """Another caller looks then, and the first look does no harm when it ends after all."""
+    made = rooms()
+    sleeper, other = asleep(made, True)
+    look = made.begin_look(sleeper)
+    made.tick(5.0)
+    assert other.turn is None
+    made.tick(10.0)
+    assert other.turn is Turn.LOOK
+    made.wait(look, "f1", 100.0, 10.0, POLLS)
+    made.settled(made.begin_look(other), b"v")
+    assert isinstance(sleeper.turn, Settled)
+    assert len(made) == 0
+
+
+def test_loop_that_was_closed() -> None:
+    """Its callers are nobody's any more, and no newcomer waits for them."""
+    made = rooms()
+    sleeper = Sleeper()
+    made.enter("k", sleeper)
+    made.begin_look(sleeper)
+    sleeper.running = None
+    other = enter(made)
+    assert other.turn is Turn.LOOK
+    made.settled(made.begin_look(other), b"v")
+    assert len(made) == 0
+
+
+def test_each_mode_looks_for_itself() -> None:
+    """An answer to those who want a newer value keeps nobody waiting who wants any; the registration is for both."""
+    made = rooms()
+    [plain] = waiting(made)
+    forced = seat()
+    made.enter("k nonce", forced, "force")
+    first = made.begin_look(forced)
+    made.wait(first, "f1", 100.0, 0.0, POLLS)
+    made.notice("f1", b"")
+    assert plain.turn is forced.turn is Turn.LOOK
+    made.wait(made.begin_look(forced), "f2", 100.0, 0.0, POLLS)
+    made.settled(made.begin_look(plain), b"v")
+    assert isinstance(plain.turn, Settled)
+    assert forced.turn is None
+    [plain] = waiting(made, "f2")
+    assert made.leave(forced) is None
+    assert made.leave(plain) == Place("f2", 5)
     assert len(made) == 0

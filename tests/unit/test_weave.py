@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from celery_memolock.clock import Clock
 from celery_memolock.codec import Codec
 from celery_memolock.errors import DispatchError, StoreUnavailable, WaitTimeout
 from celery_memolock.keys import Keys
@@ -41,8 +42,9 @@ class Server:
     """Answers batches of effects: `stored` at the first look, then `looks` in order, for each key."""
 
     def __init__(self, stored: dict[str, Any], looks: dict[str, list[Any]], **others: Any) -> None:
-        self.rooms = Rooms(lambda: 1.0, lambda _: None)
+        self.rooms = Rooms(lambda: 1.0, lambda _: None, lambda: 0.0)
         self.now = 0.0
+        self.clock = Clock(lambda: self.now)
         self.asked: list[Any] = []
         self.stored = stored
         self.looks = looks
@@ -54,7 +56,7 @@ class Server:
             case GetAll(keys):
                 return [self.stored.get(each.tag) for each in keys]
             case TakeSeats(count):
-                return [Seat(lambda: None) for _ in range(count)]
+                return [Seat() for _ in range(count)]
             case RunAll(scripts):
                 return [self.reply(script) for script in scripts]
             case WaitForAny(seats, timeout):
@@ -74,9 +76,7 @@ class Server:
         return answers.pop(0) if len(answers) > 1 else answers[0]
 
     def ask(self, *tags: str) -> list[Any]:
-        cores = [
-            fetch(Call("f", Keys(f"m:1:e:{{{tag}}}"), OPTIONS, CODEC), self.rooms, lambda: self.now) for tag in tags
-        ]
+        cores = [fetch(Call("f", Keys(f"m:1:e:{{{tag}}}"), OPTIONS, CODEC), self.rooms, self.clock) for tag in tags]
         return drive(weave(cores, lambda: self.now), self)
 
 

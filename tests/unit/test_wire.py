@@ -12,14 +12,14 @@ import pytest
 import celery_memolock
 from celery_memolock import protocol
 from celery_memolock.codec import Packed
-from celery_memolock.keys import Keys
+from celery_memolock.keys import Keys, TagKeys
 from celery_memolock.options import Options
 from celery_memolock.protocol import Defer, Done, Place, Run, Script, Skip, Waiting, Won
 from celery_memolock.wire import arguments, load, parse_notice, reply, script_of
 
 KEYS = Keys.of("memolock", "f:1:abc")
 RUN = Run("17-abc", 1)
-PACKED = Packed("application/json utf-8 -", b"1")
+PACKED = Packed("application/json utf-8 - =", b"1")
 OPTIONS = Options(ttl=5)
 EFFECTS: list[Script] = [
     protocol.Acquire(KEYS, OPTIONS, "n", "miss", "", "", 3, 30.0, 30.0, PACKED),
@@ -27,11 +27,15 @@ EFFECTS: list[Script] = [
     protocol.Claim(KEYS, OPTIONS, "17-abc", "n", "h/1/2", 0, False, 30.0, PACKED),
     protocol.Renew(KEYS, RUN, 10.0),
     protocol.Requeue(KEYS, RUN, 1, 10.0),
-    protocol.Settle(KEYS, RUN, "V", PACKED, 5.0, 30.0),
+    protocol.Settle(KEYS, RUN, "V", PACKED, 5.0, 5.0, 30.0),
     protocol.Disown(KEYS, "17-abc", "h/1/2", PACKED, 30.0),
-    protocol.Put(KEYS, "n", PACKED, 5.0, 30.0, False),
+    protocol.Put(KEYS, "n", PACKED, 5.0, 5.0, 30.0, False),
+    protocol.Expire(KEYS, 5.0),
+    protocol.Index(TagKeys.of("memolock", "f", ["a", "b"]), KEYS.entry, 60.0),
     protocol.Invalidate(KEYS, "n", 30.0),
+    protocol.Withdraw(KEYS, "abc", 30.0),
     protocol.Leave(KEYS, Place("17-abc", 3)),
+    protocol.Report(KEYS, RUN, 3, b'[0.5, ""]'),
 ]
 
 
@@ -69,17 +73,22 @@ def test_script_is_cached_by_its_text() -> None:
     ("effect", "raw", "expected"),
     [
         (EFFECTS[0], [b"DONE", b"x"], Done(b"x")),
-        (EFFECTS[0], [b"WAIT", b"17-abc", 1500, b"R", 250], Waiting("17-abc", 1.5, "R", 0.25)),
-        (EFFECTS[0], [b"WIN", b"17-abc", 5000], Won("17-abc", 5.0)),
+        (EFFECTS[0], [b"WAIT", b"17-abc", 1500, b"R", 250, b"99", b"x"], Waiting("17-abc", 1.5, "R", 0.25, 99, b"x")),
+        (EFFECTS[0], [b"WIN", b"17-abc", 5000, b"99"], Won("17-abc", 5.0, 99)),
+        (EFFECTS[0], [b"RUN", b"17-abc", 5000, b"99"], Won("17-abc", 5.0, 99, Run("17-abc", 1))),
         (EFFECTS[1], 1, True),
         (EFFECTS[2], [b"RUN", b"17-abc", 2], Run("17-abc", 2)),
         (EFFECTS[2], [b"DEFER", 1500], Defer(1.5)),
         (EFFECTS[2], [b"SKIP", b"why"], Skip("why")),
         (EFFECTS[3], b"LOST", "LOST"),
         (EFFECTS[5], b"OK", "OK"),
-        (EFFECTS[8], 0, False),
-        (EFFECTS[9], [b"Q", 1500], ("Q", 1.5)),
-        (EFFECTS[9], [], None),
+        (EFFECTS[8], 1, True),
+        (EFFECTS[9], 1, None),
+        (EFFECTS[10], 0, False),
+        (EFFECTS[11], None, None),
+        (EFFECTS[12], [b"Q", 1500], ("Q", 1.5)),
+        (EFFECTS[12], [], None),
+        (EFFECTS[13], 1, True),
     ],
 )
 def test_replies(effect: Script, raw: Any, expected: Any) -> None:
@@ -96,7 +105,7 @@ def test_unknown_reply() -> None:
 def test_durations() -> None:
     """A short time is never rounded to nothing, and nothing stays nothing."""
     assert arguments(protocol.Confirm(KEYS, "f", 0.0001), "i") == ("f", 1)
-    assert arguments(protocol.Settle(KEYS, RUN, "E", PACKED, 0.0, 30.0), "i")[5] == 0
+    assert arguments(protocol.Settle(KEYS, RUN, "E", PACKED, 0.0, 0.0, 30.0), "i")[5] == 0
 
 
 @pytest.mark.parametrize("data", [b"", b"no newline", b"\xff\n", b"x" * 100 + b"\n"])

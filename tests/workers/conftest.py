@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,19 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 class Worker:
-    """A worker of the shop in a process group of its own."""
+    """A worker in a process group of its own.
 
-    def __init__(self, environment: dict[str, str], log: Path, *flags: str) -> None:
-        command = [sys.executable, "-m", "celery", "-A", "tests.workers.shop", "worker", "--loglevel", "INFO", *flags]
+    Args:
+        arguments: for Python.
+        ready: what it logs when it takes messages.
+    """
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path, ready: str = " ready.") -> None:
         self.log = log
+        self._ready = ready
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [*command, "--hostname", f"{uuid.uuid4().hex[:8]}@tests"],
+                [sys.executable, *arguments],
                 cwd=ROOT,
                 env={**os.environ, **environment},
                 stdout=file,
@@ -44,11 +50,11 @@ class Worker:
             )
 
     def await_ready(self) -> None:
-        """Return when it consumes its queue."""
-        ready = threading.Event()
-        while " ready." not in self.log.read_text():
+        """Return when it takes messages."""
+        pause = threading.Event()
+        while self._ready not in self.log.read_text():
             assert self.process.poll() is None, self.log.read_text()
-            ready.wait(0.02)
+            pause.wait(0.02)
 
     def kill(self) -> None:
         """Kill it with all its children."""
@@ -96,18 +102,24 @@ def amqp() -> Iterator[str]:
 @contextmanager
 def _starting(folder: Path) -> Iterator[Callable[..., Any]]:
     with ExitStack() as stack:
+        started: list[Worker] = []
 
         def start(broker: str, store: str, *flags: str, **settings: str) -> tuple[shop.Shop, Worker]:
             prefix = settings.pop("prefix", None) or f"t{uuid.uuid4().hex[:8]}"
             environment = {"SHOP_BROKER": broker, "SHOP_STORE": store, "SHOP_PREFIX": prefix}
             environment |= {f"SHOP_{name.upper()}": value for name, value in settings.items()}
-            worker = Worker(environment, folder / f"{uuid.uuid4().hex[:8]}.log", *flags)
+            name = uuid.uuid4().hex[:8]
+            command = ["-m", "celery", "-A", "tests.workers.shop", "worker", "--loglevel", "INFO", *flags]
+            worker = Worker([*command, "--hostname", f"{name}@tests"], environment, folder / f"{name}.log")
             stack.callback(worker.stop)
+            started.append(worker)
             worker.await_ready()
             made = shop.make(broker, store, prefix, settings.get("records"), result_backend=settings.get("results"))
             return made, worker
 
         yield start
+        for worker in started:  # all at once; each takes seconds
+            worker.process.terminate()
 
 
 @pytest.fixture(scope="session")
@@ -124,17 +136,30 @@ def start_worker(tmp_path: Path) -> Iterator[Callable[..., Any]]:
         yield start
 
 
+@pytest.fixture(scope="session")
+def amqp_shop(amqp: str, server: Server, start_for_all: Callable[..., Any]) -> shop.Shop:
+    """A shop with a running worker over RabbitMQ, for both drivers."""
+    made, _ = start_for_all(amqp, server.url, "--concurrency", "4", results=server.url)
+    return made  # type: ignore[no-any-return]
+
+
 @pytest.fixture(
     scope="session", params=["redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq), "redis, asked from asyncio"]
 )
 def any_shop(
     request: pytest.FixtureRequest, server: Server, start_for_all: Callable[..., Any]
 ) -> tuple[shop.Shop, str, str]:
-    """A shop with a running worker over each broker and for each driver in turn, with broker's and store's URL."""
-    broker = request.getfixturevalue("amqp") if request.param == "rabbitmq" else server.url
-    made, _ = start_for_all(broker, server.url, "--concurrency", "4", results=server.url)
+    """A shop with a running worker over each broker and for each driver in turn, with broker's and store's URL.
+
+    "rabbitmq, asked from asyncio" is for the tests of a module that asks for it: see test_one_run.py.
+    """
+    if "rabbitmq" in request.param:
+        broker, made = request.getfixturevalue("amqp"), request.getfixturevalue("amqp_shop")
+    else:
+        broker = server.url
+        made, _ = start_for_all(broker, server.url, "--concurrency", "4", results=server.url)
     if "asyncio" in request.param:
-        made.driver = "asyncio"
+        made = replace(made, driver="asyncio")
     return made, broker, server.url
 
 

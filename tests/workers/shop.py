@@ -7,17 +7,39 @@ import os
 import threading
 import time
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any, ClassVar
 
 import redis
 from celery import Celery, Task
 from celery.exceptions import Ignore, Reject
+from kombu import serialization
 
-from celery_memolock import MemoLockTask, memolocked_task
+from celery_memolock import MISS, MemoLockTask, current_flight, memolocked_task
 
 
 class Sold(Exception):
     """An exception of the application's own."""
+
+
+#: A serializer of the application's own, as kombu lets it have.
+serialization.register("lines", "\n".join, lambda body: body.decode().splitlines(), "text/x-lines", "utf-8")
+
+
+def _tags_of(key: str) -> list[Any]:
+    if key.startswith("wrong in the worker"):
+        return ["a tag", "" if "SHOP_BROKER" in os.environ else "of the caller's"]
+    if key.startswith("failing"):
+        raise Sold(key)
+    return [key, 7]
+
+
+@dataclass
+class Stock:
+    """A value of a type of its own."""
+
+    key: str
+    seen: datetime
 
 
 class Loop:
@@ -57,7 +79,7 @@ class FromAsyncio:
         if name == "with_options":
             return lambda **options: FromAsyncio(self._methods.with_options(**options))
         found = getattr(self._methods, name)
-        if name not in ("get_cached", "get_cached_many", "peek", "refresh", "invalidate", "set_cached"):
+        if not hasattr(self._methods, f"a{name}"):
             return found
         if FromAsyncio.loop is None:
             FromAsyncio.loop = Loop()
@@ -265,9 +287,121 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
         ran(key)
         raise Sold(key) if "sold" in key else KeyError(key)
 
+    @memolocked_task(app=app, ttl=60, name="shop.counted", bind=True)
+    def counted(self: Any, key: str, then: str = "") -> int:
+        count = int(records.rpush(f"ran:{key}", os.getpid()))
+        if then == "gate" and count > 1:
+            records.rpush(f"started:{key}", os.getpid())
+            records.blpop([f"gate:{key}"], 55)
+        if records.exists(f"fail:{key}"):
+            raise Sold(key)
+        return count
+
+    @memolocked_task(
+        app=app,
+        name="shop.chosen",
+        ttl=lambda value: value["ttl"] if isinstance(value, dict) else 60,
+        none_ttl=0,
+        cache_if=lambda value: value != "no",
+    )
+    def chosen(key: str, value: Any) -> Any:
+        ran(key)
+        return value
+
+    @memolocked_task(app=app, ttl=60, stale_ttl=60, name="shop.told")
+    def told(key: str, then: str = "") -> Any:
+        ran(key)
+        found = [current_flight.stale is MISS, current_flight.stale_etag, current_flight.attempt, bool(current_flight)]
+        if then == "not modified":
+            return current_flight.not_modified()
+        current_flight.etag = "v 1"
+        if then == "unstored":
+            current_flight.ttl = 0
+        return found
+
+    @memolocked_task(app=app, ttl=60, name="shop.tagged", tags=lambda key, tag, then="": [tag, "all of them"])
+    def tagged(key: str, tag: str, then: str = "") -> int:
+        count = int(records.rpush(f"ran:{key}", os.getpid()))
+        if then == "gate":
+            records.rpush(f"started:{key}", os.getpid())
+            records.blpop([f"gate:{key}"], 55)
+        return count
+
+    @memolocked_task(app=app, ttl=60, name="shop.labelled", tags=["a label", "another {label}"])
+    def labelled(key: str) -> str:
+        ran(key)
+        return key
+
+    @memolocked_task(app=app, ttl=60, name="shop.mistagged", tags=lambda key: _tags_of(key))
+    def mistagged(key: str) -> str:
+        ran(key)
+        return key
+
+    @memolocked_task(app=app, ttl=100, ttl_jitter=0.5, none_ttl=7, name="shop.jittered")
+    def jittered(key: str, value: Any = 1) -> Any:
+        ran(key)
+        return value
+
+    @memolocked_task(app=app, ttl=60, name="shop.lines", serializer="lines", compression="zlib")
+    def lines(key: str) -> list[str]:
+        ran(key)
+        return [key, "ä"]
+
+    @memolocked_task(app=app, ttl=60, name="shop.fallback", local_ttl=60, stale_if_error=60)
+    def fallback(key: str) -> int:
+        return int(records.rpush(f"ran:{key}", os.getpid()))
+
+    @memolocked_task(app=app, ttl=60, name="shop.typed", typed=True, compression="zstd", compress_over=10)
+    def typed(key: str) -> list[Stock]:
+        ran(key)
+        return [Stock(key, datetime(2026, 1, 2, tzinfo=timezone.utc))]
+
+    @memolocked_task(app=app, ttl=60, name="shop.outside", external=True, external_timeout=30)
+    def outside(key: str) -> None:
+        ran(key)
+        records.rpush(f"token:{key}", current_flight.token)
+        if key.startswith("failing"):
+            raise Sold(key)
+
+    @memolocked_task(
+        app=app,
+        ttl=60,
+        stale_ttl=60,
+        name="shop.indexed",
+        external=True,
+        tags=lambda key, then="": [key],
+        max_value_size=1000,
+    )
+    def indexed(key: str, then: str = "") -> Any:
+        match then:
+            case "ttl":
+                current_flight.ttl = 5
+            case "etag":
+                current_flight.etag = "v1"
+            case "not modified":
+                return current_flight.not_modified()
+        records.rpush(f"etag:{key}", current_flight.stale_etag)
+        records.rpush(f"token:{key}", current_flight.token)
+        return "not the value"
+
+    @memolocked_task(app=app, ttl=60, name="shop.warm", refresh_every=0.2, refresh_calls=[("warm 1",), ("warm 2",)])
+    def warm(key: str) -> int:
+        return int(records.rpush(f"ran:{prefix}:{key}", os.getpid()))
+
+    @memolocked_task(app=app, ttl=60, name="shop.reporting")
+    def reporting(key: str) -> str:
+        ran(key)
+        for step in range(3):
+            current_flight.progress(step / 2, f"step {step}")
+            records.rpush(f"started:{key}", os.getpid())
+            records.blpop([f"gate:{key}"], 55)
+        return key
+
     by_class: Task[Any, Any] = app.register_task(ByClass())
     tasks = [stock, plain, slow, gated, failing, unencodable, bound, flaky, retrying, outer, circle, with_base, add]
     tasks += [near, ping, pong, ending, early, soft, hard, expiring, sourced, crowded, missing]
+    tasks += [counted, chosen, told, tagged, fallback, typed, reporting, warm, outside, indexed]
+    tasks += [labelled, mistagged, jittered, lines]
     named = {task.name.removeprefix("shop."): task for task in [*tasks, by_class]}
     return Shop(app, records, tasks=named)
 

@@ -146,6 +146,13 @@ def test_no_server_named(script: Callable[..., str]) -> None:
     assert "MEMOLOCK_REDIS_URL" in told
 
 
+def test_a_wrong_server_named(script: Callable[..., str]) -> None:
+    """What names no server is refused by its name, and nothing else is taken instead."""
+    text = 'app = Celery("web", broker=URL)\napp.conf.memolock_redis_url = {}\nprint(error_of(stock.get_cached, "k"))'
+    for wrong, name in (("'nonsense'", "cannot be used"), ("redis", "is to be a URL or a redis.Redis, not a")):
+        assert script(text.format(wrong)).startswith(f"ConfigurationError: memolock_redis_url {name}")
+
+
 def test_unreachable_server(script: Callable[..., str]) -> None:
     """A server that is not there is an error within the connect budget, and shows no password."""
     text = 'app = Celery("web", broker="amqp://127.0.0.1:1")\napp.conf.memolock_redis_url = DEAD\n'

@@ -15,7 +15,7 @@ import pytest
 from celery_memolock import DispatchError, WaitTimeout, memolocked_task
 from celery_memolock.engines.celery import store_of
 from celery_memolock.server import Server
-from tests.workers.conftest import in_a_process
+from tests.workers.conftest import in_a_process, until
 from tests.workers.shop import Shop, make
 
 
@@ -170,6 +170,29 @@ def test_broker_that_blocks(server: Server, silent: str, prefix: str, key: str) 
         assert stall < 0.5
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("driver", ["threads", "asyncio"])
+def test_broker_that_blocks_many(server: Server, silent: str, prefix: str, key: str, driver: str) -> None:
+    """What of a batch was not sent in that time is not tried one by one."""
+    stock = make(silent, server.url, prefix).tasks["stock"].with_options(dispatch_lease=1)
+    calls = [(f"{key} {number}",) for number in range(6)]
+    began = time.monotonic()
+    if driver == "threads":
+        found = stock.get_cached_many(calls, return_exceptions=True)
+    else:
+        found = asyncio.run(stock.aget_cached_many(calls, return_exceptions=True))
+    assert {type(each) for each in found} == {DispatchError}
+    assert time.monotonic() - began < 3
+
+
+def test_stale_value_in_a_loop_that_ends(made: Shop, key: str) -> None:
+    """The refresh of a stale value is sent, though the loop of who got that ends at once."""
+    stock = made.tasks["stock"].with_options(stale_ttl=60)
+    asyncio.run(stock.aget_cached(key))
+    stock.expire(key)
+    assert asyncio.run(stock.aget_cached_entry(key)).state == "stale"
+    until(lambda: made.ran(key) == 2)
 
 
 def test_cancelled_while_it_sends(server: Server, silent: str, prefix: str, key: str) -> None:

@@ -63,7 +63,8 @@ def test_revoked_in_the_queue(any_shop: AnyShop, key: str, sent: list[str]) -> N
     busy = [in_background(made.gated.get_cached, f"{key}-{number}") for number in range(4)]
     for number in range(4):
         made.await_start(f"{key}-{number}")
-    waiter = in_background(made.stock.get_cached, key)
+    stock = made.stock.with_options(error_ttl=30)
+    waiter = in_background(stock.get_cached, key)
     until(lambda: len(sent) == 5)
     made.app.control.revoke(sent[-1])
     until(lambda: all(sent[-1] in revoked for revoked in (made.app.control.inspect().revoked() or {"": []}).values()))
@@ -71,6 +72,8 @@ def test_revoked_in_the_queue(any_shop: AnyShop, key: str, sent: list[str]) -> N
         made.open_gate(f"{key}-{number}")
     with pytest.raises(FlightFailed, match=r"the message of task 'shop\.stock' was revoked"):
         waiter.result(30)
+    with pytest.raises(FlightFailed, match="was revoked"):  # for its `error_ttl`
+        stock.get_cached(key)
     assert [future.result(30) for future in busy] == ["open"] * 4
     assert made.ran(key) == 0
 

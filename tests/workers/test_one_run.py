@@ -1,4 +1,4 @@
-"""However many ask, one runs: threads in several processes, over each broker."""
+"""However many ask, one runs: threads, or coroutines, in several processes, over each broker."""
 
 from __future__ import annotations
 
@@ -17,6 +17,19 @@ from tests.workers.conftest import ROOT, in_background
 from tests.workers.shop import Shop, Sold
 
 PROCESSES, THREADS = 4, 100
+
+pytestmark = pytest.mark.parametrize(
+    "any_shop",
+    [
+        # The first three in the order of the fixture's own, as pytest sorts tests by that.
+        "redis",
+        pytest.param("rabbitmq", marks=pytest.mark.rabbitmq),
+        "redis, asked from asyncio",
+        pytest.param("rabbitmq, asked from asyncio", marks=pytest.mark.rabbitmq),
+    ],
+    indirect=True,
+    scope="session",
+)
 
 
 class Crowd:

@@ -160,7 +160,7 @@ def test_routing(server: Server, start_worker: Callable[..., Any], key: str) -> 
 @pytest.mark.parametrize("pool", ["threads", "solo", "gevent"])
 def test_other_pools(server: Server, start_worker: Callable[..., Any], key: str, pool: str) -> None:
     """Flights run in every pool: values, failures, retries, nesting."""
-    made, _ = start_worker(server.url, server.url, "--pool", pool, "--concurrency", "2")
+    made, worker = start_worker(server.url, server.url, "--pool", pool, "--concurrency", "2")
     assert made.stock.get_cached(key) == [key, "stock"]
     with pytest.raises(Sold):
         made.failing.get_cached(key)
@@ -169,3 +169,4 @@ def test_other_pools(server: Server, start_worker: Callable[..., Any], key: str,
     # A run that outlasts its lease of one second keeps it by signs of life.
     assert made.slow.get_cached(f"slow {key}", 2.5) == f"slow {key}"
     assert made.ran(f"slow {key}") == 1
+    worker.kill()  # gevent's takes ten seconds to end in good order

@@ -1,0 +1,288 @@
+"""One flight where it is run: claimed, run under a renewed lease, and settled. The same for all engines."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import timedelta
+from functools import partial
+from itertools import count
+from typing import Any, Final
+
+from .aio import AsyncDriver, adrive, beside
+from .engine import Engine
+from .errors import ArgumentError, MemoLockError, OptionError, StoreUnavailable
+from .flight import Flight, flying
+from .keys import Keys
+from .memo import Memo, computing
+from .options import CALLER_OPTIONS, Options, Progress, call_options
+from .protocol import (
+    Call,
+    Computing,
+    Core,
+    Defer,
+    Disown,
+    Finished,
+    GoesOn,
+    Interrupted,
+    Raised,
+    Report,
+    Requeue,
+    Returned,
+    Run,
+    Skip,
+    Ticket,
+    compute,
+    drive,
+)
+from .sync import Driver
+
+__all__ = ["Done", "Outcome", "Work", "as_wanted", "holder_of", "read_ticket", "unsendable", "write_ticket"]
+
+logger = logging.getLogger("celery_memolock")
+
+Outcome = Returned | Raised | Interrupted | GoesOn
+
+#: What became of a message.
+Done = Finished | Defer | Skip
+
+#: The options that are for callers alone, as if none was given.
+_NO_CALLER: Final = {each.name: each.default for each in fields(Options) if each.name in CALLER_OPTIONS}
+
+
+class Work:
+    """One message of one flight, or a flight without a message, in the process that runs it.
+
+    Args:
+        engine: has the server.
+        memo: whose value is computed.
+        ticket: of the flight.
+        args, kwargs: of the call.
+        holder: names this process, see `holder_of`.
+        retries: how often the message was sent again after a failure.
+        redelivered: whether the queue delivers it once more, as nobody said that it was done.
+
+    Attributes:
+        outcome: what the run came to, if it ran.
+        ending: whether its loop was about to end while it ran.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        memo: Memo[Any, Any],
+        ticket: Ticket,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        holder: str,
+        retries: int = 0,
+        redelivered: bool = False,
+    ) -> None:
+        self._engine = engine
+        self._memo = as_wanted(memo, ticket, engine.travels)
+        self._ticket = ticket
+        self._call = Call(memo.task, ticket.keys, self._memo.options, memo.codec, arguments=(args, kwargs))
+        self._core: Core[Done] = compute(self._call, ticket, holder, retries, redelivered, time.monotonic)
+        self._run: Run | None = None
+        self._reports = count(1)
+        self.outcome: Outcome | None = None
+        self.ending = False
+
+    def do(self, body: Callable[[Flight], Outcome]) -> Done:
+        """Claim, run and settle, in this thread → what `compute` did.
+
+        Args:
+            body: runs the task's own code.
+
+        Raises:
+            StoreUnavailable: it could not be claimed.
+            BaseException: what interrupted the run.
+        """
+
+        def run(run: Run) -> Outcome:
+            with self._entered(run) as flight:
+                self.outcome = body(flight)
+            return self.outcome
+
+        done = self._noted(drive(self._core, Driver(self._engine, body=run)))
+        if isinstance(done, Finished) and done.answer == "AGAIN":
+            try:
+                self._again.run(self._again.refresh(*self._call.arguments))
+            except MemoLockError as error:
+                logger.warning("memolock could not start the refresh that was asked for: %s", error)
+        return done
+
+    async def ado(self, body: Callable[[Flight], Awaitable[Outcome]]) -> Done:
+        """Do what `do` does, in the running loop."""
+
+        async def run(run: Run) -> Outcome:
+            with self._entered(run) as flight:
+                self.outcome = await body(flight)
+            driver.ending = self.ending
+            return self.outcome
+
+        driver = AsyncDriver(self._engine, body=run)
+        done = self._noted(await adrive(self._core, driver))
+        if isinstance(done, Finished) and done.answer == "AGAIN":
+            beside(self._again.arun(self._again.refresh(*self._call.arguments)))
+        return done
+
+    def own_answer(self, done: Done) -> Returned | Raised | None:
+        """Return what `protocol.Dispatch` replies for this run, if it was an inline one."""
+        if not isinstance(done, Finished):
+            return None
+        if isinstance(self.outcome, Raised) and done.answer != "REFUSED":
+            return self.outcome
+        if isinstance(self.outcome, Returned) and done.answer is None:
+            return self.outcome
+        return None
+
+    def requeue(self, retries: int, delay: float) -> bool:
+        """Put the flight back into the queue, before its message is sent again → whether that is worth it.
+
+        It is not where an invalidation or a take-over made the flight worthless.
+        """
+        assert self._run is not None
+        lease = delay + self._call.options.queue_timeout
+        try:
+            answer = self._engine.store.run(Requeue(self._ticket.keys, self._run, retries, lease))
+        except StoreUnavailable as error:
+            # The message's higher count of retries shows the server that the earlier attempt is over.
+            logger.warning("memolock could not requeue key %s: %s", self._ticket.keys.tag, error)
+            return True
+        return bool(answer == "OK")
+
+    def hand_over(self) -> None:
+        """Let somebody else begin at once, whether this process has begun or not: it will not come to the end.
+
+        Raises:
+            StoreUnavailable: the server cannot be reached.
+        """
+        run = self._run
+        if run is None:
+            self._engine.store.run(Disown(self._ticket.keys, self._ticket.fence, "", None, 0.0))
+        else:
+            self._engine.store.run(Requeue(self._ticket.keys, run, 0, 0.0))
+
+    @property
+    def _again(self) -> Memo[Any, Any]:
+        return self._memo.override({"nested": "dispatch"})  # what is asked for after a run is another run
+
+    @contextmanager
+    def _entered(self, run: Run) -> Iterator[Flight]:
+        """Let the code that runs within know what it runs for."""
+        self._run = run
+        store = self._engine.store
+        read, lost = partial(store.get, self._ticket.keys), partial(store.lost, run)
+        flight = Flight(self._call, run, read, lost, partial(self._report, run))
+        this = Computing(self._ticket.keys.entry, self._memo.place())
+        inside = computing.set((*self._ticket.chain, this))
+        here = flying.set(flight)
+        try:
+            yield flight
+        finally:
+            this.over = True
+            flying.reset(here)
+            computing.reset(inside)
+
+    def _report(self, run: Run, progress: Progress) -> None:
+        report = Report(self._ticket.keys, run, next(self._reports), progress.encode())
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            try:
+                self._engine.store.run(report)
+            except StoreUnavailable as error:
+                _log_report(error)
+        else:
+            beside(
+                self._engine.store.arun(report),
+                lambda sent: None if sent.cancelled() else _log_report(sent.exception()),
+            )
+
+    def _noted(self, done: Done) -> Done:
+        tag = self._ticket.keys.tag
+        match done:
+            case Skip(reason):
+                logger.info("memolock skips a message of key %s: %s", tag, reason)
+            case Defer(delay):
+                logger.info("memolock defers a message of key %s for %.1f s", tag, delay)
+            case Finished(None, MemoLockError() as refused):
+                logger.warning("memolock lost the value of key %s: %s", tag, refused)
+        return done
+
+
+def _log_report(error: BaseException | None) -> None:
+    if error is not None:
+        logger.debug("memolock could not report progress: %s", error)
+
+
+def as_wanted(memo: Memo[Any, Any], ticket: Ticket, travels: bool = True) -> Memo[Any, Any]:
+    """Return the task with the options that the winner wants, as far as this process understands that.
+
+    Who sent the flight may be of another version, with other options or other ideas of what goes together. What is for
+    callers alone is left out, the task's own as well: it might not go together with what the winner wants.
+    """
+    known = call_options(travels=travels) - CALLER_OPTIONS
+    overrides = {name: value for name, value in ticket.overrides.items() if name in known}
+    try:
+        return memo.override({**_NO_CALLER, **overrides})
+    except OptionError as error:
+        logger.warning("memolock runs key %s with its task's own options: %s", ticket.keys.tag, error)
+        return memo
+
+
+# ---- a flight's ticket, as it travels, and the name of who runs it ----------------------------------------------
+
+
+def write_ticket(ticket: Ticket) -> dict[str, Any]:
+    """Return a ticket as plain data, to travel with a message."""
+    return {
+        "entry": ticket.keys.entry,
+        "fence": ticket.fence,
+        "chain": [each.entry for each in ticket.chain if not each.over],
+        "options": {
+            name: value.total_seconds() if isinstance(value, timedelta) else value
+            for name, value in ticket.overrides.items()
+            if name not in CALLER_OPTIONS
+        },
+    }
+
+
+def read_ticket(data: Mapping[str, Any]) -> Ticket:
+    """Read what travelled."""
+    return Ticket(Keys(data["entry"]), data["fence"], tuple(map(Computing, data["chain"])), data["options"])
+
+
+def unsendable(
+    whose: str,
+    call: tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]],
+    serializer: str,
+    dumps: Callable[[Any], object],
+) -> ArgumentError | None:
+    """Return an error that names the argument which cannot be serialised, and why; None if each can be by itself.
+
+    Args:
+        whose: what takes the arguments, for the error.
+        call: the function, and its arguments by position and by name.
+        serializer: its name, for the error.
+        dumps: serialises a value.
+    """
+    function, args, kwargs = call
+    for name, value in inspect.signature(function).bind(*args, **kwargs).arguments.items():
+        try:
+            dumps(value)
+        except Exception as why:
+            kind = type(value).__qualname__
+            return ArgumentError(f"argument {name!r} of {whose}, a {kind}, cannot be sent with {serializer}: {why}")
+    return None
+
+
+def holder_of(worker: str, main: int, child: int) -> str:
+    """Name the process that runs a flight: worker, its main process, the process of its pool."""
+    return f"{worker}/{main}/{child}"

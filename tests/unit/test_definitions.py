@@ -1,0 +1,123 @@
+"""What is wrong with a task is said where it is defined, or at first use if only the app's configuration tells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from celery import Celery
+
+from celery_memolock import MemoLock, MemoLockTask, OptionError, memolocked_task
+
+
+@pytest.fixture
+def app() -> Celery:
+    return Celery("definitions", set_as_current=False, broker="memory://")
+
+
+def silent(key):  # type: ignore[no-untyped-def]
+    return key
+
+
+def says_none(key: str) -> None: ...
+
+
+def says(key: str) -> list[int]:
+    return [len(key)]
+
+
+@pytest.mark.parametrize("function", [silent, says_none])
+def test_typed_without_a_type(app: Celery, function: Any) -> None:
+    """`typed=True` needs a function that says what it returns, however the task is made."""
+    text = "typed of task .* does not say what it returns"
+    with pytest.raises(OptionError, match=text):
+        memolocked_task(ttl=5, typed=True)(function)
+    with pytest.raises(OptionError, match=text):
+        app.task(base=MemoLockTask, shared=False, lazy=False, memolock={"ttl": 5, "typed": True})(function)
+    with pytest.raises(OptionError, match=text):
+        type("Task", (MemoLockTask,), {"memolock": {"ttl": 5, "typed": True}, "run": lambda self, key: key})
+    with pytest.raises(OptionError, match=text):
+        MemoLock(ttl=5).memoize(typed=True)(function)
+
+
+def test_typed_with_a_type(app: Celery) -> None:
+    """One that says so will do, also where a base class has the options and no function yet."""
+
+    class Base(MemoLockTask[Any, Any]):
+        abstract = True
+        memolock = {"ttl": 5, "typed": True}  # noqa: RUF012
+
+    made = app.task(base=Base, shared=False, lazy=False, name="says")(says)
+    assert made.memo.codec.typed
+
+
+def test_refresh_calls_that_do_not_fit(app: Celery) -> None:
+    """What beat could not call is no task."""
+    for options in ({"refresh_every": 1}, {"refresh_every": 1, "refresh_calls": [("a", "b")]}):
+        with pytest.raises(OptionError, match="refresh_calls of task"):
+            memolocked_task(app=app, ttl=5, **options)(says)
+    memolocked_task(app=app, ttl=5, refresh_every=1, refresh_calls=[("a",)], bind=True)(lambda self, key: key)
+
+
+def test_refreshes_that_come_too_late(app: Celery) -> None:
+    """They are refused at once, or, where a default of the app could do, when the task is bound to it."""
+    with pytest.raises(OptionError, match=r"refresh_every=60\.0 comes too late for ttl=5\.0"):
+        memolocked_task(app=app, ttl=5, refresh_every=60, refresh_calls=[("a",)], stale_ttl=30)(says)
+    late = memolocked_task(app=app, ttl=5, refresh_every=60, refresh_calls=[("a",)], name="late")(says)
+    with pytest.raises(OptionError, match=r"refresh_every=60\.0 comes too late for ttl=5\.0"):
+        app.finalize()
+    app.conf.memolock_stale_ttl = 60
+    assert late.memo.options.refresh_every == 60
+
+
+@pytest.mark.parametrize("name", ["refresh_every", "refresh_calls", "external", "tags", "cache_if"])
+def test_no_default_of_an_app(app: Celery, name: str) -> None:
+    """What makes no sense for all tasks of an app is refused in its configuration, not ignored."""
+    made = memolocked_task(app=app, ttl=5)(says)
+    app.conf[f"memolock_{name}"] = 5
+    with pytest.raises(OptionError, match=f"memolock_{name} in the Celery configuration is no default"):
+        _ = made.memo
+
+
+def test_defaults_of_an_app(app: Celery) -> None:
+    """A default that means nothing for one task is for the others; what a task itself says has to mean something."""
+    app.conf.update(memolock_soft_timeout=1, memolock_external_timeout=9, memolock_compression="gzip")
+    app.conf.update(memolock_on_redis_error="compute", memolock_compress_over=100)
+    plain = memolocked_task(app=app, ttl=5, name="plain")(says)
+    assert plain.memo.options.compress_over == 100
+    assert plain.with_options(stale_ttl=60).memo.options.soft_timeout == 1
+    external = memolocked_task(app=app, ttl=5, name="external", external=True)(says)
+    assert external.memo.options.external_timeout == 9
+    assert external.memo.options.compression is None
+    memolocked_task(app=app, ttl=5, name="compressing", compress_over=5)(says).memo  # noqa: B018
+    with pytest.raises(OptionError, match=r"external_timeout=5\.0 needs external"):
+        memolocked_task(app=app, ttl=5, external_timeout=5)(says)
+
+
+@pytest.mark.parametrize(
+    ("given", "default"),
+    [
+        ({"compress_over": 5}, {"compression": "gzip"}),
+        ({"soft_timeout": 1}, {"stale_ttl": 60}),
+        ({"beta": 2}, {"early_refresh": "xfetch"}),
+    ],
+)
+def test_what_needs_a_default(app: Celery, given: dict[str, Any], default: dict[str, Any]) -> None:
+    """Whether it means anything is known once the app's configuration is."""
+    made = memolocked_task(app=app, ttl=5, name="needs", **given)(says)
+    with pytest.raises(OptionError, match=f"{next(iter(given))}=.* {next(iter(default))}"):
+        _ = made.memo
+    app.conf.update({f"memolock_{name}": value for name, value in default.items()})
+    assert made.memo.options.ttl == 5
+
+
+def test_defaults_of_a_memolock() -> None:
+    """They are for all that is made with it, as far as they mean something there."""
+    cache = MemoLock(ttl=5, compress_over=100, soft_timeout=1)
+    assert cache.memoize(compression="zlib")(says).memo.options.compress_over == 100
+    assert cache.memoize(stale_ttl=5)(says).memo.options.soft_timeout == 1
+    assert cache.memoize()(says).with_options(stale_ttl=5).memo.options.soft_timeout == 1
+    with pytest.raises(OptionError, match="compress_over=5 needs compression"):
+        MemoLock(ttl=5).memoize(compress_over=5)(says)
+    with pytest.raises(OptionError, match="compress_over=5 needs compression"):
+        MemoLock(ttl=5).client("c", compress_over=5)

@@ -1,0 +1,63 @@
+"""What a flight is run with, where caller and worker are of different versions."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any, cast
+
+import pytest
+
+from celery_memolock.codec import Codec
+from celery_memolock.engine import Engine
+from celery_memolock.keys import KeyMaker, Keys
+from celery_memolock.memo import Memo
+from celery_memolock.options import Options
+from celery_memolock.protocol import Computing, Ticket
+from celery_memolock.work import Work, holder_of, read_ticket, write_ticket
+
+
+class Nothing:
+    """An engine that is never asked to do anything."""
+
+    travels = True
+    eager = False
+    in_worker = True
+    holder = ""
+
+
+def work(overrides: dict[str, Any], **of_task: Any) -> Any:
+    engine = cast(Engine, Nothing())
+    options = Options(ttl=5, lease=3, **of_task)
+    memo: Memo[..., Any] = Memo(
+        "t", engine, options, KeyMaker("t", inspect.signature(len), options), Codec("t", options)
+    )
+    ticket = read_ticket(write_ticket(Ticket(Keys.of("p", "t:1:k"), "17-abc", (Computing("e"),), overrides)))
+    assert (ticket.fence, [each.entry for each in ticket.chain]) == ("17-abc", ["e"])
+    return Work(engine, memo, ticket, (), {}, holder_of("w", 1, 2))
+
+
+def test_options_of_the_winner() -> None:
+    """A flight runs with the options of the call that won it; what only callers need does not travel."""
+    made = work({"lease": 7, "soft_timeout": 1, "force_refresh": True})
+    assert made._call.options == Options(ttl=5, lease=7)
+
+
+def test_options_that_go_together_without_the_callers_own() -> None:
+    """What the task gives its callers does not keep a worker from doing what the winner wants."""
+    made = work({"ttl": 600, "stale_ttl": 0, "soft_timeout": None}, stale_ttl=60, soft_timeout=1)
+    assert made._call.options == Options(ttl=600, lease=3)
+
+
+def test_the_next_run_is_wanted_as_this_one() -> None:
+    """A refresh that is asked for during a run is done with the options of that run."""
+    made = work({"ttl": 600, "soft_timeout": 1})
+    assert made._again.options == Options(ttl=600, lease=3, nested="dispatch")
+
+
+@pytest.mark.parametrize("overrides", [{"of_tomorrow": 1}, {"lease": -1}, {"external_timeout": 5}])
+def test_options_that_this_version_does_not_take(overrides: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """They must not keep a worker from running the flight, which nobody else would learn before `queue_timeout`."""
+    with caplog.at_level(logging.WARNING, "celery_memolock"):
+        assert work(overrides)._call.options == Options(ttl=5, lease=3)
+    assert ("with its task's own options" in caplog.text) == ("of_tomorrow" not in overrides)
