@@ -20,7 +20,7 @@ from celery import Celery
 from benchmarks.harness import arguments, percentile, record, spread
 from celery_memolock import memolocked_task
 from celery_memolock.codec import Packed
-from celery_memolock.protocol import Acquire, Claim, Put, Run, Settle, new_nonce
+from celery_memolock.effects import Acquire, Claim, Put, Run, Settle, new_nonce
 from celery_memolock.server import serve_or_use
 from celery_memolock.wire import arguments as script_arguments
 from celery_memolock.wire import reply, script_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .effects import MISS, CachedEntry
 from .engines.inline import Client, MemoLock
 from .errors import (
     ArgumentError,
@@ -25,7 +26,6 @@ from .errors import (
 )
 from .flight import Flight, current_flight
 from .options import Options, Progress
-from .protocol import MISS, CachedEntry
 
 if TYPE_CHECKING:
     from .engines.celery import MemoLockTask, memolocked_task

@@ -17,12 +17,12 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from . import protocol
+from . import effects
 from .bounded import LAST, log_failure
+from .effects import Core, Onward, Script
 from .engine import Engine
 from .errors import MemoLockError
 from .pipe import orphans, retrieve
-from .protocol import Core, Onward, Script
 from .rooms import Seat, Woken
 from .sync import drive_aside
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 async def adrive(core: Core[T], driver: AsyncDriver) -> T:
-    """Perform a core's effects, one after the other, in the running loop; see `protocol.drive`.
+    """Perform a core's effects, one after the other, in the running loop; see `effects.drive`.
 
     A cancellation is raised inside the core, as any error of an effect is, and the core then gives up its place.
     """
@@ -54,7 +54,7 @@ async def adrive(core: Core[T], driver: AsyncDriver) -> T:
                 driver.ending = driver.ending or isinstance(error, asyncio.CancelledError)
                 step = _next(core.throw, error)
             else:
-                driver.ending = driver.ending or type(reply) is protocol.Interrupted
+                driver.ending = driver.ending or type(reply) is effects.Interrupted
                 step = _next(core.send, reply)
     finally:
         if driver.cancelled is not None:
@@ -100,7 +100,7 @@ class AsyncDriver:
         self,
         engine: Engine,
         unreadable: Callable[[MemoLockError], None] | None = None,
-        body: Callable[[protocol.Run], Awaitable[Any]] | None = None,
+        body: Callable[[effects.Run], Awaitable[Any]] | None = None,
     ) -> None:
         self._engine = engine
         self._unreadable = unreadable
@@ -111,51 +111,51 @@ class AsyncDriver:
     def perform(self, effect: Any) -> Awaitable[Any]:
         """Perform one effect → its reply, to be awaited. No coroutine of ours stands between: waiters are many."""
         match effect:
-            case protocol.Get(keys, patience):
+            case effects.Get(keys, patience):
                 return self._engine.store.aget(keys, patience)
             case Script():
                 store = self._engine.store
                 return in_thread(store.run, effect) if self.ending else store.arun(effect)
-            case protocol.Wait(seat, timeout):
+            case effects.Wait(seat, timeout):
                 return self._wait(seat, timeout)
-            case protocol.TakeSeat():
+            case effects.TakeSeat():
                 return _Now(_LoopSeat(_bell()))
-            case protocol.Listen(timeout):
+            case effects.Listen(timeout):
                 store = self._engine.store
                 return _Now(None) if store.inbox.listening else store.alisten(timeout)
-            case protocol.Dispatch(ticket, (args, kwargs), inline, timeout):
+            case effects.Dispatch(ticket, (args, kwargs), inline, timeout):
                 if inline:
                     return self._run_here(ticket, args, kwargs)
                 return self._send(ticket, args, kwargs, timeout)
-            case protocol.Own(run, timeout):
+            case effects.Own(run, timeout):
                 return _end_of(run, timeout)
-            case protocol.Query():
+            case effects.Query():
                 return self._engine.store.aask(effect)
-            case protocol.Aside(core):
+            case effects.Aside(core):
                 return self._aside(core)
-            case protocol.Uncached((args, kwargs)):
+            case effects.Uncached((args, kwargs)):
                 return self._engine.arun_here(None, args, kwargs)
-            case protocol.GetAll(keys, patience):
+            case effects.GetAll(keys, patience):
                 return self._engine.store.aget_all(keys, patience)
-            case protocol.RunAll(scripts):
+            case effects.RunAll(scripts):
                 return self._engine.store.arun_all(scripts)
-            case protocol.TakeSeats(count):
+            case effects.TakeSeats(count):
                 return _Now([_LoopSeat(_bell()) for _ in range(count)])
-            case protocol.WaitForAny(seats, timeout):
+            case effects.WaitForAny(seats, timeout):
                 return self._wait_for_any(seats, timeout)
-            case protocol.Body(run):
+            case effects.Body(run):
                 assert self._body is not None
                 return self._body(run)
-            case protocol.Hold():
+            case effects.Hold():
                 # Nobody goes on with a run whose loop was stopped or closed.
                 self._engine.store.hold(effect, asyncio.get_running_loop().is_running)
                 return _Now(None)
-            case protocol.Release(run):
+            case effects.Release(run):
                 self._engine.store.release(run)
                 return _Now(None)
-            case protocol.Pause(seconds):
+            case effects.Pause(seconds):
                 return asyncio.sleep(seconds)
-            case protocol.Unreadable(error):
+            case effects.Unreadable(error):
                 return _Now(self._unreadable(error) if self._unreadable is not None else None)
         raise TypeError(f"no effect: {effect!r}")
 
@@ -192,13 +192,13 @@ class AsyncDriver:
             finally:
                 timer.cancel()
 
-    async def _run_here(self, ticket: protocol.Ticket, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    async def _run_here(self, ticket: effects.Ticket, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Begin to run a flight in this process. It is not its caller's alone: it goes on when that one has gone."""
         run = beside(self._engine.arun_here(ticket, args, kwargs), retrieve)
-        return await _end_of(run, None) if self._engine.eager else protocol.GoesOn(run)
+        return await _end_of(run, None) if self._engine.eager else effects.GoesOn(run)
 
     async def _send(
-        self, ticket: protocol.Ticket, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: float
+        self, ticket: effects.Ticket, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: float
     ) -> None:
         """Send a flight's message, to the end: others wait for the flight, which is confirmed or failed after that."""
         if self.cancelled is not None:  # in an earlier one of several
@@ -444,11 +444,11 @@ class InThreads:
     """The half of an `Engine` that is for asyncio, for one that itself knows only threads."""
 
     def asend(
-        self: Any, ticket: protocol.Ticket, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: float
+        self: Any, ticket: effects.Ticket, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: float
     ) -> Any:
         """Send from another thread."""
         return in_thread(self.send, ticket, args, kwargs, timeout)
 
-    def arun_here(self: Any, ticket: protocol.Ticket | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def arun_here(self: Any, ticket: effects.Ticket | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run in another thread."""
         return run_in_thread(self.run_here, ticket, args, kwargs)

@@ -9,9 +9,9 @@ import click
 from celery.bin.base import CLIContext
 
 from . import external
+from .effects import MISS
 from .engines.celery import MemoLockTask, is_fallback
 from .errors import MemoLockError
-from .protocol import MISS
 from .store import client_of
 
 __all__ = ["main", "memolock"]

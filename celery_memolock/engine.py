@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from .protocol import Ticket
+    from .effects import Ticket
     from .store import Store
 
 __all__ = ["Engine"]
@@ -58,7 +58,7 @@ class Engine(Protocol):
         """Run a flight in this very thread, or without a ticket the bare task.
 
         Returns:
-            With a ticket the reply of `protocol.Dispatch`; without one the task's result.
+            With a ticket the reply of `effects.Dispatch`; without one the task's result.
         """
 
     def arun_here(self, ticket: Ticket | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Awaitable[Any]:

@@ -28,9 +28,9 @@ from urllib.parse import quote
 
 import redis
 
+from .effects import Call, Run
 from .errors import DecodeError, OptionError, StoreUnavailable, TaskFailed, ValueTooLarge
 from .options import seconds_of
-from .protocol import Call, Run
 from .wire import load
 
 __all__ = ["fail", "settle", "token_of"]

@@ -11,10 +11,10 @@ from datetime import timedelta
 from typing import Any, Final, cast
 
 from .codec import Entry
+from .effects import MISS, Call, Missing, Returned, Run
 from .errors import DecodeError, NothingStale, OptionError, ValueTooLarge
 from .external import token_of
 from .options import Progress, seconds_of
-from .protocol import MISS, Call, Missing, Returned, Run
 
 __all__ = ["Flight", "current_flight", "flying", "grounded"]
 

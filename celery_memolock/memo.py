@@ -16,12 +16,13 @@ from typing_extensions import ParamSpec
 from . import protocol
 from .aio import AsyncDriver, adrive
 from .codec import Entry
+from .effects import MISS, CachedEntry, Call, Computing, Core, Missing, Onward, Uncached, drive
 from .errors import ConfigurationError, MemoLockError, OptionError, StoreUnavailable
 from .keys import TagKeys
 from .local import MISSING, Local
 from .options import Progress
 from .pipe import retrieve
-from .protocol import EARLY, MISS, CachedEntry, Call, Computing, Core, Missing, Onward, Uncached, drive
+from .protocol import EARLY
 from .sync import Driver
 from .weave import weave
 

@@ -24,13 +24,13 @@ from redis.retry import Retry
 
 from .clock import Clock
 from .connections import MOST_CONNECTIONS, Busy, Connections, Packed
+from .effects import Acquire, Hold, Leave, Query, Renew, Run, Script
 from .errors import ConfigurationError, StoreUnavailable
 from .inbox import Inbox
 from .keys import Keys, entry_prefix
 from .local import Local
 from .options import Options
 from .pipe import Pipe, orphans
-from .protocol import Acquire, Hold, Leave, Query, Renew, Run, Script
 from .rooms import Broken
 from .tracker import Tracker
 from .wire import answer, arguments, command, reply, script_of

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import protocol
+from . import effects
 from .bounded import LAST, TooSlow, aside, log_failure, within
+from .effects import Core, Script, drive
 from .engine import Engine
 from .errors import MemoLockError
-from .protocol import Core, Script, drive
 from .rooms import Seat, Woken
 
 __all__ = ["Driver"]
@@ -30,7 +30,7 @@ class Driver:
     def __init__(
         self,
         engine: Engine,
-        body: Callable[[protocol.Run], Any] | None = None,
+        body: Callable[[effects.Run], Any] | None = None,
         unreadable: Callable[[MemoLockError], None] | None = None,
     ) -> None:
         self._engine = engine
@@ -41,46 +41,46 @@ class Driver:
     def __call__(self, effect: Any) -> Any:
         """Perform one effect and return its reply."""
         match effect:
-            case protocol.Get(keys, patience):
+            case effects.Get(keys, patience):
                 return self._engine.store.get(keys, patience)
             case Script():
                 return self._engine.store.run(effect)
-            case protocol.Wait(seat, timeout):
+            case effects.Wait(seat, timeout):
                 return _wait(seat, timeout)
-            case protocol.TakeSeat():
+            case effects.TakeSeat():
                 return _ThreadSeat(_new_bell())
-            case protocol.Listen(timeout):
+            case effects.Listen(timeout):
                 return self._engine.store.listen(timeout)
-            case protocol.Dispatch(ticket, (args, kwargs), inline, timeout):
+            case effects.Dispatch(ticket, (args, kwargs), inline, timeout):
                 if inline:
                     return self._engine.run_here(ticket, args, kwargs)
                 return self._engine.send(ticket, args, kwargs, timeout)
-            case protocol.Query():
+            case effects.Query():
                 return self._engine.store.ask(effect)
-            case protocol.Aside(core):
+            case effects.Aside(core):
                 return drive_aside(self._engine, core)
-            case protocol.Uncached((args, kwargs)):
+            case effects.Uncached((args, kwargs)):
                 return self._engine.run_here(None, args, kwargs)
-            case protocol.GetAll(keys, patience):
+            case effects.GetAll(keys, patience):
                 return self._engine.store.get_all(keys, patience)
-            case protocol.RunAll(scripts):
+            case effects.RunAll(scripts):
                 return self._engine.store.run_all(scripts)
-            case protocol.TakeSeats(count):
+            case effects.TakeSeats(count):
                 self._any = self._any or _new_bell()
                 return [_ThreadSeat(self._any) for _ in range(count)]
-            case protocol.WaitForAny(seats, timeout):
+            case effects.WaitForAny(seats, timeout):
                 assert self._any is not None
                 return _wait_for_any(self._any, seats, timeout)
-            case protocol.Body(run):
+            case effects.Body(run):
                 assert self._body is not None
                 return self._body(run)
-            case protocol.Hold():
+            case effects.Hold():
                 return self._engine.store.hold(effect)
-            case protocol.Release(run):
+            case effects.Release(run):
                 return self._engine.store.release(run)
-            case protocol.Pause(seconds):
+            case effects.Pause(seconds):
                 return time.sleep(seconds)
-            case protocol.Unreadable(error):
+            case effects.Unreadable(error):
                 if self._unreadable is not None:
                     self._unreadable(error)
                 return None

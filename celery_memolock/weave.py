@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .errors import DispatchError, StoreUnavailable
-from .protocol import (
+from .effects import (
     Core,
     Dispatch,
     Get,
@@ -21,6 +20,7 @@ from .protocol import (
     Wait,
     WaitForAny,
 )
+from .errors import DispatchError, StoreUnavailable
 
 __all__ = ["weave"]
 

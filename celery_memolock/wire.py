@@ -8,8 +8,7 @@ from hashlib import sha1
 from importlib.resources import files
 from typing import Any, Final
 
-from .errors import FlightFailed
-from .protocol import (
+from .effects import (
     Acquire,
     Claim,
     Confirm,
@@ -36,6 +35,7 @@ from .protocol import (
     Withdraw,
     Won,
 )
+from .errors import FlightFailed
 
 __all__ = ["Source", "answer", "arguments", "command", "digest", "load", "parse_notice", "reply", "script_of"]
 

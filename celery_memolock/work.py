@@ -15,13 +15,7 @@ from itertools import count
 from typing import Any, Final
 
 from .aio import AsyncDriver, adrive, beside
-from .engine import Engine
-from .errors import ArgumentError, MemoLockError, OptionError, StoreUnavailable
-from .flight import Flight, flying
-from .keys import Keys
-from .memo import Memo, computing
-from .options import CALLER_OPTIONS, Options, Progress, call_options
-from .protocol import (
+from .effects import (
     Call,
     Computing,
     Core,
@@ -37,9 +31,15 @@ from .protocol import (
     Run,
     Skip,
     Ticket,
-    compute,
     drive,
 )
+from .engine import Engine
+from .errors import ArgumentError, MemoLockError, OptionError, StoreUnavailable
+from .flight import Flight, flying
+from .keys import Keys
+from .memo import Memo, computing
+from .options import CALLER_OPTIONS, Options, Progress, call_options
+from .protocol import compute
 from .sync import Driver
 
 __all__ = ["Done", "Outcome", "Work", "as_wanted", "holder_of", "read_ticket", "unsendable", "write_ticket"]
@@ -133,7 +133,7 @@ class Work:
         return done
 
     def own_answer(self, done: Done) -> Returned | Raised | None:
-        """Return what `protocol.Dispatch` replies for this run, if it was an inline one."""
+        """Return what `effects.Dispatch` replies for this run, if it was an inline one."""
         if not isinstance(done, Finished):
             return None
         if isinstance(self.outcome, Raised) and done.answer != "REFUSED":

@@ -24,6 +24,7 @@ from typing_extensions import ParamSpec
 from ..aio import InThreads
 from ..bounded import TooSlow, within
 from ..codec import Codec, pack_error
+from ..effects import Defer, Disown, Finished, GoesOn, Raised, Returned, Ticket
 from ..errors import (
     ArgumentError,
     ConfigurationError,
@@ -37,7 +38,6 @@ from ..flight import Flight, grounded
 from ..keys import KeyMaker
 from ..memo import CallerMethods, Memo
 from ..options import OF_A_TASK, Options
-from ..protocol import Defer, Disown, Finished, GoesOn, Raised, Returned, Ticket
 from ..shape import Shape
 from ..store import Store, Stores, client_of
 from ..work import Outcome, Work, holder_of, read_ticket, unsendable, write_ticket

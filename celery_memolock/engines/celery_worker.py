@@ -16,8 +16,8 @@ from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import signals
 
 from ..codec import pack_error
+from ..effects import Disown
 from ..errors import FlightFailed, MemoLockError
-from ..protocol import Disown
 from ..work import as_wanted, holder_of
 from .celery import store_of, ticket_in
 

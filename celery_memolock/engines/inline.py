@@ -18,13 +18,13 @@ from typing_extensions import ParamSpec, Self
 from ..aio import beside, in_thread, run_in_thread, run_to_its_end
 from ..bounded import LAST, Asides, log_failure
 from ..codec import Codec
+from ..effects import CachedEntry, Call, Defer, Interrupted, Missing, Raised, Ticket
 from ..errors import ConfigurationError, FlightFailed, OptionError, StoreUnavailable
 from ..flight import Flight, grounded
 from ..keys import KeyMaker
 from ..local import MISSING
 from ..memo import CallerMethods, Memo
 from ..options import Options, Progress, is_async, refuse_async
-from ..protocol import CachedEntry, Call, Defer, Interrupted, Missing, Raised, Ticket
 from ..shape import Shape
 from ..store import Store, Stores, client_of
 from ..work import Done, Outcome, Work, holder_of

@@ -21,6 +21,7 @@ from typing_extensions import ParamSpec
 from ..aio import InThreads
 from ..bounded import TooSlow, end_asides, within
 from ..codec import Codec, pack_error
+from ..effects import Defer, Disown, Finished, GoesOn, Raised, Ticket
 from ..errors import (
     ConfigurationError,
     DispatchError,
@@ -33,7 +34,6 @@ from ..flight import Flight, grounded
 from ..keys import KeyMaker
 from ..memo import CallerMethods, Memo, computing
 from ..options import Options, is_async
-from ..protocol import Defer, Disown, Finished, GoesOn, Raised, Ticket
 from ..shape import Shape
 from ..store import Store, Stores, client_of
 from ..work import Outcome, Work, as_wanted, read_ticket, unsendable, write_ticket

@@ -20,10 +20,7 @@ import pytest
 import redis
 
 from celery_memolock.codec import Packed, pack_error
-from celery_memolock.errors import FlightFailed
-from celery_memolock.keys import Keys
-from celery_memolock.options import Options
-from celery_memolock.protocol import (
+from celery_memolock.effects import (
     Acquire,
     Claim,
     Confirm,
@@ -42,6 +39,9 @@ from celery_memolock.protocol import (
     Won,
     new_nonce,
 )
+from celery_memolock.errors import FlightFailed
+from celery_memolock.keys import Keys
+from celery_memolock.options import Options
 from celery_memolock.rooms import Place
 from celery_memolock.server import Server
 from celery_memolock.store import Store

@@ -27,10 +27,7 @@ from hypothesis.stateful import (
 from benchmarks.chaos.broken import MUTANTS, OF_FRESHNESS, break_build
 from celery_memolock import wire
 from celery_memolock.codec import Codec, Entry, pack_error
-from celery_memolock.errors import FlightFailed
-from celery_memolock.keys import Keys, TagKeys
-from celery_memolock.options import Options
-from celery_memolock.protocol import (
+from celery_memolock.effects import (
     Acquire,
     Claim,
     Confirm,
@@ -52,6 +49,9 @@ from celery_memolock.protocol import (
     Won,
     new_nonce,
 )
+from celery_memolock.errors import FlightFailed
+from celery_memolock.keys import Keys, TagKeys
+from celery_memolock.options import Options
 from celery_memolock.rooms import Place
 from celery_memolock.server import Server
 from celery_memolock.testing import Fault, Link

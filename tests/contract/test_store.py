@@ -17,9 +17,7 @@ import redis
 
 from celery_memolock import ConfigurationError, StoreUnavailable
 from celery_memolock.codec import Codec, Entry, Packed, pack_error
-from celery_memolock.keys import Keys
-from celery_memolock.options import Options
-from celery_memolock.protocol import (
+from celery_memolock.effects import (
     Acquire,
     Claim,
     Confirm,
@@ -30,7 +28,6 @@ from celery_memolock.protocol import (
     Hold,
     Invalidate,
     Leave,
-    Place,
     Put,
     Renew,
     Requeue,
@@ -42,6 +39,9 @@ from celery_memolock.protocol import (
     Won,
     new_nonce,
 )
+from celery_memolock.keys import Keys
+from celery_memolock.options import Options
+from celery_memolock.protocol import Place
 from celery_memolock.server import Server
 from celery_memolock.store import Store, Stores
 from celery_memolock.testing import Link

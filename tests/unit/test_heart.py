@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import redis
 
+from celery_memolock.effects import Hold, Renew, Run
 from celery_memolock.errors import StoreUnavailable
 from celery_memolock.inbox import Inbox
 from celery_memolock.keys import Keys
-from celery_memolock.protocol import Hold, Renew, Run
 from celery_memolock.store import _Heart
 
 

@@ -20,10 +20,7 @@ from celery_memolock import (
 )
 from celery_memolock.clock import Clock
 from celery_memolock.codec import Codec, Entry, pack_error, unpack_error
-from celery_memolock.keys import Keys
-from celery_memolock.local import MISSING, Local
-from celery_memolock.options import Options, Progress
-from celery_memolock.protocol import (
+from celery_memolock.effects import (
     Acquire,
     Aside,
     Body,
@@ -55,12 +52,12 @@ from celery_memolock.protocol import (
     Wait,
     Waiting,
     Won,
-    compute,
     drive,
-    fetch,
-    peek,
-    refresh,
 )
+from celery_memolock.keys import Keys
+from celery_memolock.local import MISSING, Local
+from celery_memolock.options import Options, Progress
+from celery_memolock.protocol import compute, fetch, peek, refresh
 from celery_memolock.rooms import Rooms, Seat, Turn
 
 OPTIONS = Options(ttl=5)

@@ -8,10 +8,7 @@ import pytest
 
 from celery_memolock.clock import Clock
 from celery_memolock.codec import Codec
-from celery_memolock.errors import DispatchError, StoreUnavailable, WaitTimeout
-from celery_memolock.keys import Keys
-from celery_memolock.options import Options
-from celery_memolock.protocol import (
+from celery_memolock.effects import (
     Call,
     Done,
     GetAll,
@@ -24,8 +21,11 @@ from celery_memolock.protocol import (
     Waiting,
     Won,
     drive,
-    fetch,
 )
+from celery_memolock.errors import DispatchError, StoreUnavailable, WaitTimeout
+from celery_memolock.keys import Keys
+from celery_memolock.options import Options
+from celery_memolock.protocol import fetch
 from celery_memolock.rooms import Rooms, Seat
 from celery_memolock.weave import weave
 

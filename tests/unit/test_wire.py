@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 import celery_memolock
-from celery_memolock import protocol
+from celery_memolock import effects
 from celery_memolock.codec import Packed
+from celery_memolock.effects import Defer, Done, Run, Script, Skip, Waiting, Won
 from celery_memolock.keys import Keys, TagKeys
 from celery_memolock.options import Options
-from celery_memolock.protocol import Defer, Done, Place, Run, Script, Skip, Waiting, Won
+from celery_memolock.protocol import Place
 from celery_memolock.wire import arguments, load, parse_notice, reply, script_of
 
 KEYS = Keys.of("memolock", "f:1:abc")
@@ -22,33 +23,33 @@ RUN = Run("17-abc", 1)
 PACKED = Packed("application/json utf-8 - =", b"1")
 OPTIONS = Options(ttl=5)
 EFFECTS: list[Script] = [
-    protocol.Acquire(KEYS, OPTIONS, "n", "miss", "", "", 3, 30.0, 30.0, PACKED),
-    protocol.Confirm(KEYS, "17-abc", 300.0),
-    protocol.Claim(KEYS, OPTIONS, "17-abc", "n", "h/1/2", 0, False, 30.0, PACKED),
-    protocol.Renew(KEYS, RUN, 10.0),
-    protocol.Requeue(KEYS, RUN, 1, 10.0),
-    protocol.Settle(KEYS, RUN, "V", PACKED, 5.0, 5.0, 30.0),
-    protocol.Disown(KEYS, "17-abc", "h/1/2", PACKED, 30.0),
-    protocol.Put(KEYS, "n", PACKED, 5.0, 5.0, 30.0, False),
-    protocol.Expire(KEYS, 5.0),
-    protocol.Index(TagKeys.of("memolock", "f", ["a", "b"]), KEYS.entry, 60.0),
-    protocol.Invalidate(KEYS, "n", 30.0),
-    protocol.Withdraw(KEYS, "abc", 30.0),
-    protocol.Leave(KEYS, Place("17-abc", 3)),
-    protocol.Report(KEYS, RUN, 3, b'[0.5, ""]'),
+    effects.Acquire(KEYS, OPTIONS, "n", "miss", "", "", 3, 30.0, 30.0, PACKED),
+    effects.Confirm(KEYS, "17-abc", 300.0),
+    effects.Claim(KEYS, OPTIONS, "17-abc", "n", "h/1/2", 0, False, 30.0, PACKED),
+    effects.Renew(KEYS, RUN, 10.0),
+    effects.Requeue(KEYS, RUN, 1, 10.0),
+    effects.Settle(KEYS, RUN, "V", PACKED, 5.0, 5.0, 30.0),
+    effects.Disown(KEYS, "17-abc", "h/1/2", PACKED, 30.0),
+    effects.Put(KEYS, "n", PACKED, 5.0, 5.0, 30.0, False),
+    effects.Expire(KEYS, 5.0),
+    effects.Index(TagKeys.of("memolock", "f", ["a", "b"]), KEYS.entry, 60.0),
+    effects.Invalidate(KEYS, "n", 30.0),
+    effects.Withdraw(KEYS, "abc", 30.0),
+    effects.Leave(KEYS, Place("17-abc", 3)),
+    effects.Report(KEYS, RUN, 3, b'[0.5, ""]'),
 ]
 
 
 def test_every_effect_is_here() -> None:
     """No script effect, and no script, escapes these tests."""
-    effects = {
+    names = {
         name
-        for name, kind in vars(protocol).items()
+        for name, kind in vars(effects).items()
         if inspect.isclass(kind) and issubclass(kind, Script) and kind is not Script
     }
-    assert {type(effect).__name__ for effect in EFFECTS} == effects
+    assert {type(effect).__name__ for effect in EFFECTS} == names
     files = {path.stem for path in (Path(celery_memolock.__file__).parent / "scripts").glob("[a-z]*.lua")}
-    assert files == {name.lower() for name in effects}
+    assert files == {name.lower() for name in names}
 
 
 @pytest.mark.parametrize("effect", EFFECTS, ids=lambda effect: type(effect).__name__)
@@ -104,8 +105,8 @@ def test_unknown_reply() -> None:
 
 def test_durations() -> None:
     """A short time is never rounded to nothing, and nothing stays nothing."""
-    assert arguments(protocol.Confirm(KEYS, "f", 0.0001), "i") == ("f", 1)
-    assert arguments(protocol.Settle(KEYS, RUN, "E", PACKED, 0.0, 0.0, 30.0), "i")[5] == 0
+    assert arguments(effects.Confirm(KEYS, "f", 0.0001), "i") == ("f", 1)
+    assert arguments(effects.Settle(KEYS, RUN, "E", PACKED, 0.0, 0.0, 30.0), "i")[5] == 0
 
 
 @pytest.mark.parametrize("data", [b"", b"no newline", b"\xff\n", b"x" * 100 + b"\n"])

@@ -9,11 +9,11 @@ from typing import Any, cast
 import pytest
 
 from celery_memolock.codec import Codec
+from celery_memolock.effects import Computing, Ticket
 from celery_memolock.engine import Engine
 from celery_memolock.keys import KeyMaker, Keys
 from celery_memolock.memo import Memo
 from celery_memolock.options import Options
-from celery_memolock.protocol import Computing, Ticket
 from celery_memolock.work import Work, holder_of, read_ticket, write_ticket
 
 
