@@ -198,8 +198,11 @@ def fetch(call: Call, rooms: Rooms, clock: Clock) -> Core[Any]:
                         local.end(key, ticket, value, entry, left, early)
                     return (yield from _describe(call, value, entry, clock)) if call.described else value
                 if -left < options.stale_ttl and options.soft_timeout is None:
-                    yield from _revalidate(call, rooms, clock, entry)
-                    return (yield from _describe(call, value, entry, clock, "stale")) if call.described else value
+                    if not call.described:
+                        yield from _revalidate(call, rooms, clock, entry)
+                        return value
+                    why_stale = yield from _ask_anew(call, entry)
+                    return (yield from _spared(call, _Spare(value, entry), clock, why_stale))
                 if -left < options.keep_stale:
                     spare = _Spare(value, entry, -left < options.stale_ttl)
                     if spare.softly and options.soft_timeout is not None:
@@ -345,12 +348,31 @@ def _revalidate(call: Call, rooms: Rooms, clock: Clock, entry: Entry) -> Core[No
     call = _unawaited(replace(call, inline=call.eager))
 
     def beside() -> Core[None]:
-        call.check()
-        reply = yield from _acquired(call, _acquire(call, "miss", entry.fence))
+        reply = yield from _newer(call, entry)
         if isinstance(reply, Won):
             yield from _dispatch(call, reply.fence)
 
     yield Aside(beside())
+
+
+def _ask_anew(call: Call, entry: Entry) -> Core[Exception | None]:
+    """Have a value computed anew, and learn why it cannot be, or is not to be tried again yet, if so."""
+    call = _unawaited(replace(call, inline=call.eager))
+    try:
+        reply = yield from _newer(call, entry)
+        if isinstance(reply, Won):
+            yield Aside(_dispatch(call, reply.fence))
+        elif isinstance(reply, Done) and (outcome := Entry.parse(reply.raw)).failed:
+            return unpack_error(outcome)
+    except (ArgumentError, DecodeError, StoreUnavailable) as error:
+        return error
+    return None
+
+
+def _newer(call: Call, entry: Entry) -> Core[Done | Waiting | Won]:
+    """Ask for a newer value than this one, without waiting for it."""
+    call.check()
+    return (yield from _acquired(call, _acquire(call, "miss", entry.fence)))
 
 
 def _unawaited(call: Call) -> Call:

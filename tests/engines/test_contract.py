@@ -305,6 +305,18 @@ def test_stale_while_revalidate(shop: Asked, key: str) -> None:
     assert shop.ran(key) == 2
 
 
+def test_why_a_stale_value_stays(shop: Asked, key: str) -> None:
+    """Who asks what is known of a stale value learns that its refresh failed; nobody waits for that, or for a retry."""
+    patient = shop.fallback.with_options(stale_ttl=60, error_ttl=60)
+    assert patient.get_cached(key) == 1
+    patient.expire(key)
+    assert patient.get_cached_entry(key).state == "stale"
+    entry = until(lambda: (found := patient.get_cached_entry(key)).state == "error" and found)
+    assert (entry.value, type(entry.error)) == (1, Sold)
+    assert patient.get_cached(key) == 1
+    assert shop.ran(key) == 2
+
+
 def test_stale_if_error(shop: Asked, key: str) -> None:
     """A refresh that fails leaves the stale value to be served; an invalidated one is never served."""
     assert shop.fallback.get_cached(key) == 1

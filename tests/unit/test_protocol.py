@@ -10,6 +10,7 @@ import pytest
 from celery_memolock import (
     MISS,
     ArgumentError,
+    DecodeError,
     DispatchError,
     FlightFailed,
     OptionError,
@@ -395,6 +396,23 @@ def test_nobody_answers_and_there_is_a_stale_value(pause: dict[str, float]) -> N
     began = server.now
     assert entry_of(server, **SPARING).value == "another"
     assert round(server.now - began, 6) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        (Waiting("17-abc", 50.0, "R", 0.0), type(None)),
+        (Done(entry("newer", "18-abc")), type(None)),
+        (Done(failure(KeyError("k"))), KeyError),
+        (Done(failure(KeyError("k")).replace(b"{", b"[")), DecodeError),
+        (StoreUnavailable("gone"), StoreUnavailable),
+    ],
+)
+def test_why_a_stale_value_stays(reply: Any, why: type) -> None:
+    """Who wants a stale value described is told why there is none that is newer, if that is known."""
+    found = entry_of(Server(Get=stale("old"), ServerTime=NOW, Acquire=reply), stale_ttl=10.0)
+    assert (found.value, type(found.error)) == ("old", why)
+    assert found.state == ("stale" if why is type(None) else "error")
 
 
 def test_what_is_there_instead_of_the_stale_value_cannot_be_read() -> None:
