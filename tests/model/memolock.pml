@@ -70,6 +70,9 @@
 #ifndef DISOWNED
 #define DISOWNED 0          /* of the crashes: killed at the hard time limit, of which the main process tells */
 #endif
+#ifndef WITHDRAWALS
+#define WITHDRAWALS 0       /* callers that end while their acquire travels */
+#endif
 #ifndef OVERLAP
 #define OVERLAP 9           /* the option max_overlap */
 #endif
@@ -535,6 +538,20 @@ inline invalidate() {
 #ifndef M_RETRY_KEEPS_ATTEMPT
     :: state == QUEUED && attempt -> attempt++
 #endif
+    :: else
+    fi
+}
+
+/* ---- withdraw.lua, for whom acquire made the flight, or who claimed its first run in the same step ---- */
+inline withdraw(whose, claimed) {
+    if
+#ifdef M_WITHDRAW_CLAIMED
+    :: fence == whose ->
+#else
+    :: fence == whose && (claimed -> state == RUNNING && attempt == 1 : state == PENDING) ->
+#endif
+        state = QUEUED;
+        ring(whose, waiters, 0, 0)
     :: else
     fi
 }
@@ -1185,6 +1202,24 @@ proctype refresher() {
     od
 }
 
+/* A caller that ends before it learns the reply to its acquire, and will run nothing. */
+proctype withdrawer() {
+    byte left = WITHDRAWALS, won;
+    bit claimed;
+    do
+    :: atomic { left && !won ->
+        left--;
+        acquire(0, 0, 0, NOBODY);
+        if
+        :: told == WIN -> won = got_fence
+        :: told == WIN -> won = got_fence; claimed = 1; state = RUNNING; attempt = 1     /* inline, at once */
+        :: told != WIN
+        fi }
+    :: atomic { won -> withdraw(won, claimed); senders--; won = 0; claimed = 0 }
+    :: atomic { !left && !won -> break }
+    od
+}
+
 proctype expirer() {
     byte left = EXPIRE_CALLS;
     do
@@ -1233,6 +1268,9 @@ init {
 #endif
 #if REFRESHES
         run refresher();
+#endif
+#if WITHDRAWALS
+        run withdrawer();
 #endif
 #if DISOWNED
         run main_process();
