@@ -32,7 +32,7 @@ celery_app.conf.memolock_redis_url = REDIS_URL
 app = FastAPI()
 
 
-@memolocked_task(ttl=30, wait_timeout=60, app=celery_app)
+@memolocked_task(ttl=600, wait_timeout=120, app=celery_app)
 def stock(article: str) -> dict[str, object]:
     """Report on an article from a table of its own making, for as long as that takes."""
     until = time.monotonic() + 10
@@ -90,8 +90,12 @@ async def crowd(requests: int, url: str) -> None:
         return answer.partition(b"\r\n\r\n")[2].decode()
 
     answers = Counter(await asyncio.gather(*(ask() for _ in range(requests))))
-    runs = {json.loads(answer).get("run", "an error") for answer in answers}
+    reports = [json.loads(answer) for answer in answers]
+    runs = {report["run"] for report in reports if "run" in report}
     print(f"{answers.total():,} requests, {len(answers)} answer, {len(runs)} run")
+    for report in reports:
+        if "run" not in report:
+            print(report, file=sys.stderr)
 
 
 if __name__ == "__main__":
