@@ -68,7 +68,7 @@ def test_deaf(made: Shop, link: Link, key: str, direction: Any, measured: Measur
         began = time.monotonic()
         with pytest.raises((StoreUnavailable, WaitTimeout)):
             made.stock.with_options(wait_timeout=0.5).get_cached(f"other {key}")
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 4  # of the five seconds of a connection's own time-out
     with measured(f"a caller's link was deaf ({direction}) for half a second"):
         made.open_gate(key)
         assert waiter.result(20) == "open"

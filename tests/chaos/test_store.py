@@ -104,7 +104,7 @@ def test_frozen(made: Shop, own_server: Server, key: str, measured: Measured) ->
     began = time.monotonic()
     with pytest.raises((StoreUnavailable, WaitTimeout)):
         made.stock.with_options(wait_timeout=0.5).get_cached(key)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4  # of the five seconds of a connection's own time-out
     own_server.thaw()
     with measured("the server was frozen for half a second in mid-run"):
         made.open_gate(key)

@@ -150,7 +150,7 @@ def test_patience(link: Link, prefix: str, connected: bool) -> None:
     """Each caller waits as long as it said; a server that is silent for too long costs the connection."""
 
     async def main() -> None:
-        pipe = pipe_to(link.url, socket_timeout=1.0)
+        pipe = pipe_to(link.url, socket_timeout=3.0)
         if connected:
             await ask(pipe, "SETEX", prefix, 60, "here")
         with link.deaf():
@@ -158,10 +158,10 @@ def test_patience(link: Link, prefix: str, connected: bool) -> None:
             patient = asyncio.create_task(ask(pipe, "GET", prefix))
             with pytest.raises(redis.TimeoutError):
                 await ask(pipe, "GET", prefix, patience=0.2)
-            assert time.monotonic() - began < 0.8
+            assert time.monotonic() - began < 2
             with pytest.raises(redis.TimeoutError):
                 await patient
-            assert 0.8 < time.monotonic() - began < 5
+            assert 2.5 < time.monotonic() - began < 20
         assert await ask(pipe, "SETEX", prefix, 60, "again") == b"OK"
 
     asyncio.run(main())
@@ -205,21 +205,21 @@ def test_reply_that_takes_its_time(link: Link, server: Server, prefix: str) -> N
     """What counts against the time-out is silence: a reply may take longer to arrive, and so may those behind it."""
 
     async def main() -> None:
-        pipe = pipe_to(link.url, socket_timeout=0.5)
+        pipe = pipe_to(link.url, socket_timeout=2.0)
         await ask(pipe, "PING")
         with redis.Redis.from_url(server.url) as other:
             other.set(prefix, b"large" * 400_000, 60)
-        with link.slow(0.05):  # each of more than thirty pieces
+        with link.slow(0.1):  # each of more than thirty pieces
             began = time.monotonic()
             large = asyncio.create_task(ask(pipe, "GET", prefix, patience=60))
             small = asyncio.create_task(ask(pipe, "ECHO", "small"))
             await asyncio.sleep(0)  # these go first
             with pytest.raises(redis.TimeoutError):
                 await ask(pipe, "ECHO", "hurried", patience=0.7)
-            assert 0.6 < time.monotonic() - began < 1.2
+            assert 0.6 < time.monotonic() - began < 2
             assert len(await large) == 2_000_000
             assert await small == b"small"
-            assert time.monotonic() - began > 1
+            assert time.monotonic() - began > 2.5
         assert await ask(pipe, "ECHO", "next") == b"next"
 
     asyncio.run(main())

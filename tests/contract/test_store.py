@@ -442,7 +442,7 @@ def test_frozen_server_holds_nobody_beyond_its_patience(
         began = time.monotonic()
         with pytest.raises(StoreUnavailable, match="did not answer in time"):
             ask()
-        assert time.monotonic() - began < 2.0  # of the five seconds of the connection's own time-out
+        assert time.monotonic() - began < 4  # of the five seconds of the connection's own time-out
     own_server.thaw()
     assert isinstance(acquire(store, keys), Won | Waiting)
 
@@ -456,7 +456,7 @@ def test_refused_subscription(own_server: Server, open_store: Open, prefix: str)
         began = time.monotonic()
         with pytest.raises(StoreUnavailable, match=f"refused a subscription: .*channel.*&{prefix}:"):
             store.listen(60.0)
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 20
     user.execute_command("ACL", "SETUSER", "app", f"&{prefix}:*")
     until(lambda: store.inbox.listening)
     store.listen(0.0)
@@ -472,7 +472,7 @@ def test_many_wait_for_a_subscription(own_server: Server, prefix: str) -> None:
 
     began = time.monotonic()
     told = asyncio.run(main())
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 20  # and not for a minute, in turn
     assert all("did not acknowledge a subscription in 0.3 s" in str(each) for each in told)
     own_server.thaw()
     store.listen(10.0)
@@ -652,7 +652,7 @@ def test_collected_with_its_owner(server: Server, prefix: str) -> None:
             began = time.monotonic()
             del store, owner
             gc.collect()
-            assert time.monotonic() - began < 0.5
+            assert time.monotonic() - began < 2  # of the five seconds of a connection's own time-out
             assert len(own()) > 0
         until(lambda: own() == [])
         until(lambda: link.connections == 0)

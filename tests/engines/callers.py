@@ -23,7 +23,7 @@ COMMON: dict[str, Any] = {"ttl": 60, "lease": 20.0, "poll_interval": 0.5}
 #: Options by name: functions cannot be sent to another process.
 OPTIONS: dict[str, dict[str, Any]] = {
     "not stored": {"cache_if": lambda value: False},
-    "short lease": {"lease": 0.4},
+    "short lease": {"lease": 1.0},
     "impatient": {"wait_timeout": 0.3},
 }
 
@@ -46,7 +46,7 @@ def fetches(records: Records, key: str) -> dict[str, Callable[[], Any]]:
 
     def slow() -> int:
         count = records.note(key)
-        time.sleep(0.9)
+        time.sleep(1.6)
         return count
 
     return {

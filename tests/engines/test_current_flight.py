@@ -73,7 +73,7 @@ def test_not_cancelled(memo: MemoLock, ask: Ask) -> None:
         time.sleep(0.8)  # the lease holds for as long as that after its only renewal
         return current_flight.cancelled
 
-    assert ask("k", slow, lease=1.2, max_run=0.1) is False
+    assert ask("k", slow, lease=3, max_run=0.1) is False
     client: Any = memo._server.store._client
 
     def outside() -> None:

@@ -165,9 +165,9 @@ def test_broker_that_blocks(server: Server, silent: str, prefix: str, key: str) 
     made = make(silent, server.url, prefix)
 
     async def main() -> None:
-        stall, error = await longest_stall(made.tasks["stock"].with_options(dispatch_lease=1.5).aget_cached(key))
+        stall, error = await longest_stall(made.tasks["stock"].with_options(dispatch_lease=4).aget_cached(key))
         assert isinstance(error, DispatchError)
-        assert stall < 0.5
+        assert stall < 2
 
     asyncio.run(main())
 
@@ -176,14 +176,14 @@ def test_broker_that_blocks(server: Server, silent: str, prefix: str, key: str) 
 def test_broker_that_blocks_many(server: Server, silent: str, prefix: str, key: str, driver: str) -> None:
     """What of a batch was not sent in that time is not tried one by one."""
     stock = make(silent, server.url, prefix).tasks["stock"].with_options(dispatch_lease=1)
-    calls = [(f"{key} {number}",) for number in range(6)]
+    calls = [(f"{key} {number}",) for number in range(12)]
     began = time.monotonic()
     if driver == "threads":
         found = stock.get_cached_many(calls, return_exceptions=True)
     else:
         found = asyncio.run(stock.aget_cached_many(calls, return_exceptions=True))
     assert {type(each) for each in found} == {DispatchError}
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 9
 
 
 def test_stale_value_in_a_loop_that_ends(made: Shop, key: str) -> None:
@@ -223,13 +223,13 @@ def test_eager(prefix: str) -> None:
 
     @memolocked_task(app=made.app, ttl=5, name="shop.sleepy")
     def sleepy() -> int:
-        time.sleep(0.5)
+        time.sleep(2)
         return 7
 
     async def main() -> None:
         stall, value = await longest_stall(sleepy.aget_cached())
         assert value == 7
-        assert stall < 0.3
+        assert stall < 1
 
     asyncio.run(main())
 

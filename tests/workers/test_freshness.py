@@ -124,7 +124,7 @@ def test_stale_if_nobody_answers(any_shop: AnyShop, key: str) -> None:
         found = task.get_cached_entry(key, "gate")
         assert (found.value, found.state) == (1, "error")
         assert isinstance(found.error, WaitTimeout)
-    assert 2 <= time.monotonic() - began < 4
+    assert 2 <= time.monotonic() - began < 8
     made.open_gate(key)
     until(lambda: task.get_cached_entry(key, "gate").state == "fresh")
     assert task.get_cached(key, "gate") == 2
