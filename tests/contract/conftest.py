@@ -53,3 +53,9 @@ def open_store(driver: str) -> Iterator[Open]:
     yield open_one
     for each in stores:
         each.close()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that leaves has all the time it takes: with a slow machine it would have no answer."""
+    monkeypatch.setattr("celery_memolock.store.LEAVE_PATIENCE", 5.0)

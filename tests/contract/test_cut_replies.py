@@ -49,6 +49,8 @@ from celery_memolock.testing import Link
 from celery_memolock.wire import script_of
 from tests.contract.conftest import Open, opened
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 # Times are multiples of 600 s, of which a slow machine's milliseconds are no visible part.
 OPTIONS = Options(ttl=600, lease=600, dispatch_lease=1200, queue_timeout=1800, max_crashes=2, max_overlap=1)
 PARK = 2400.0

@@ -58,6 +58,8 @@ from celery_memolock.testing import Fault, Link
 from tests.contract.conftest import opened
 from tests.workers.shop import Loop
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 OPTIONS = Options(ttl=600, lease=600, dispatch_lease=600, queue_timeout=600, max_crashes=3, max_overlap=2)
 CODEC = Codec("machine", OPTIONS)
 CRASHED = pack_error(FlightFailed("crashed"))

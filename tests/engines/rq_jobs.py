@@ -111,7 +111,7 @@ if "RQ_JOBS_URL" in os.environ:
         """Do so from asyncio."""
         return [await stale.aget_cached(key), "old"]
 
-    @memolocked_job(queue, timeout=1, **COMMON)
+    @memolocked_job(queue, timeout=3, **COMMON)
     def timed(key: str) -> str:
         stand_at_gate(key)
         return key
