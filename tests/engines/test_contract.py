@@ -246,7 +246,7 @@ def test_soft_time_out(shop: Asked, key: str) -> None:
 
 
 def test_a_run_longer_than_its_lease(shop: Asked, key: str) -> None:
-    """Signs of life keep a lease of 0.4 s."""
+    """Signs of life keep a lease that is shorter than the run."""
     slow = shop.slow.with_options(lease=1)
     waiters = [in_background(slow.get_cached, key, 1.2) for _ in range(2)]
     assert [waiter.result(30) for waiter in waiters] == [key] * 2

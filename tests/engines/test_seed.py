@@ -127,7 +127,7 @@ def test_750_requests_with_every_other_fetch_failing(crowd: Crowd, key: str) -> 
 
 
 def test_a_fetch_longer_than_its_lock(crowd: Crowd, key: str) -> None:
-    """The lease is renewed while the fetch runs: a lease of 0.4 s and a fetch of 0.9 s make one fetch."""
+    """The lease is renewed while the fetch runs: a lease of 1 s and a fetch of 1.6 s make one fetch."""
     assert answers(crowd.ask("slow", [key], 10, options="short lease")) == [1] * 20
     assert crowd.records.ran(key) == 1
 
