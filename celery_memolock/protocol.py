@@ -169,7 +169,8 @@ def fetch(call: Call, rooms: Rooms, clock: Clock) -> Core[Any]:
     if options.force_refresh:
         lobby = f"{key} {new_nonce()}"  # nobody else's look is late enough for sure
         return Onward(_join(call, rooms, clock, _Wish("force"), lobby, options.wait_timeout))
-    deadline = clock() + options.wait_timeout
+    began = clock()
+    deadline = began + options.wait_timeout
     seen = ""
     spare: _Spare | None = None
     local = call.local if EARLY.isdisjoint(call.overrides) else None
@@ -221,12 +222,12 @@ def fetch(call: Call, rooms: Rooms, clock: Clock) -> Core[Any]:
             local.end(key, ticket)
     wish = _Wish(seen=seen)
     if spare is None:
-        return Onward(_join(call, rooms, clock, wish, key, deadline - clock()))
+        return Onward(_join(call, rooms, clock, wish, key, deadline - clock(), began))
     if not spare.softly and (why := rooms.resting(key, spare.entry.fence, clock())) is not None:
         yield from _revalidate(call, rooms, clock, spare.entry)  # the next who waits is not to do so in vain
         return (yield from _spared(call, spare, clock, why.error(why.message)))
     try:
-        return (yield from _join(call, rooms, clock, wish, key, deadline - clock()))
+        return (yield from _join(call, rooms, clock, wish, key, deadline - clock(), began))
     except Exception as error:
         if error is wish.own:
             raise
@@ -249,15 +250,20 @@ def _spared(call: Call, spare: _Spare, clock: Clock, error: Exception | None = N
     return (yield from _describe(call, spare.value, spare.entry, clock, state, error=error))
 
 
-def _join(call: Call, rooms: Rooms, clock: Clock, wish: _Wish, lobby: str, patience: float) -> Core[Any]:
-    """Wait for the one flight that computes the value, or start it → the value."""
+def _join(
+    call: Call, rooms: Rooms, clock: Clock, wish: _Wish, lobby: str, patience: float, began: float = math.inf
+) -> Core[Any]:
+    """Wait for the one flight that computes the value, or start it → the value.
+
+    A look that was sent after the call `began` will do.
+    """
     call.check()
     seat: Seat = yield TakeSeat()
-    began = clock()  # of several calls whose caller computes one after the other, each has its time for itself
-    deadline = began + patience
+    joined = clock()  # of several calls whose caller computes one after the other, each has its time for itself
+    deadline = joined + patience
     yield Listen(max(0.0, patience))
     seat.follows = call.options.on_progress is not None
-    rooms.enter(lobby, seat, wish.mode)
+    rooms.enter(lobby, seat, wish.mode, began)
     place: Place | None = None
     flight: tuple[str, float] | None = None
     trouble: StoreUnavailable | None = None
@@ -312,7 +318,7 @@ def _join(call: Call, rooms: Rooms, clock: Clock, wish: _Wish, lobby: str, patie
                 flight = yield Leave(call.keys, place)
             except StoreUnavailable:
                 pass  # the registration goes with its flight, at the latest with the flight's lease
-    raise WaitTimeout(_too_late(call, clock() - began, flight)) from trouble
+    raise WaitTimeout(_too_late(call, clock() - joined, flight)) from trouble
 
 
 def _answer(call: Call, own: Returned | Raised) -> Any:

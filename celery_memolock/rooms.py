@@ -1,9 +1,9 @@
 """Who in this process waits for which key, and whose turn it is to look. Pure: no sockets, clocks or waiting.
 
 To *look* is to ask the server for a key's outcome or for the flight to wait for. Callers of one key first meet in its
-*lobby*. One of them looks for everybody who was there when it began; whoever comes later needs a later look, because
-one that was sent before their call could show a value older than an invalidation that they know of. So at most one
-look of a lobby is under way and one is due.
+*lobby*. One of them looks for everybody whose call had begun when the look was sent, whether they are there by then or
+not; whoever calls later needs a later look, because this one could show a value older than an invalidation that they
+know of. So at most one look of a lobby is under way and one is due.
 
 A look that says "wait" moves the callers it counted for into the *room* of that flight. There they sleep until the
 listener rings: a notice came, a timer passed, or the link was lost. Then one of them looks again, for all. Whoever
@@ -12,8 +12,9 @@ leaves while it is its turn passes the turn on.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -107,11 +108,12 @@ class _Room:
     """A lobby (`fence` is empty) or the callers that wait for one flight. Guarded by the lock of `Rooms`.
 
     Attributes:
+        look: that which its looker has under way.
         mode: of the looks. An answer to those who want a newer value is none to those who want any.
         passes: when the turn to look goes to another caller, if its looker neither begins nor ends.
     """
 
-    __slots__ = ("due", "fence", "interval", "key", "looker", "mode", "passes", "rung", "seats", "sequence")
+    __slots__ = ("due", "fence", "interval", "key", "look", "looker", "mode", "passes", "rung", "seats", "sequence")
 
     def __init__(self, key: str, fence: str, mode: str) -> None:
         self.key = key
@@ -120,6 +122,7 @@ class _Room:
         self.passes = 0.0
         self.seats: dict[Seat, None] = {}  # in order of arrival, but for those who held the turn for too long
         self.looker: Seat | None = None
+        self.look: Look | None = None
         self.sequence = 0
         self.rung = False
         self.due: float | None = None
@@ -139,13 +142,15 @@ class Look:
         following: the flight whose outcome is wanted, "" for newcomers: what was parked for those who came
             before an invalidation is not for them.
         sequence: of the registration that the look makes; a newer one is never removed in its stead.
+        sent: when.
     """
 
     room: _Room
     seat: Seat
-    counts_for: tuple[Seat, ...]
+    counts_for: list[Seat]
     following: str
     sequence: int
+    sent: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +187,8 @@ class Rooms:
     def __len__(self) -> int:
         return len(self._lobbies) + len(self._flights)
 
-    def enter(self, key: str, seat: Seat, mode: str = "miss") -> None:
-        """Seat a newcomer; it looks at once unless somebody is looking."""
+    def enter(self, key: str, seat: Seat, mode: str = "miss", began: float = math.inf) -> None:
+        """Seat a newcomer, whose call began at that time; it looks at once unless somebody is looking."""
         with self._lock:
             if self._closed is not None:
                 seat.turn = self._closed
@@ -198,6 +203,8 @@ class Rooms:
                 self._give_turn(lobby, newcomer=True)
             elif not lobby.looker.ready() or lobby.passes <= self._clock():
                 self._pass_on(lobby)
+            elif (look := lobby.look) is not None and look.seat is lobby.looker and began < look.sent:
+                look.counts_for.append(seat)
 
     def may_refresh(self, key: str, fence: str, now: float) -> bool:
         """Whether somebody is to ask for a refresh of this very value; if so, nobody else is for a moment."""
@@ -242,12 +249,14 @@ class Rooms:
                     seat.turn = None
                 return None
             seat.turn = None
-            room.passes = self._clock() + _LONGEST_LOOK
+            now = self._clock()
+            room.passes = now + _LONGEST_LOOK
             self._sequence += 1
             self._looks += 1
             room.sequence = self._sequence
             room.rung = False
-            return Look(room, seat, tuple(room.seats), room.fence, room.sequence)
+            room.look = Look(room, seat, list(room.seats), room.fence, room.sequence, now)
+            return room.look
 
     def settled(self, look: Look, raw: bytes) -> None:
         """The look brought an outcome."""
@@ -463,6 +472,8 @@ class Rooms:
         if not self._looks:
             self._early.clear()
         room = look.room
+        if room.look is look:
+            room.look = None
         if room.looker is look.seat:
             room.looker = None
         if room.due is None and room.looker is None:
@@ -471,7 +482,7 @@ class Rooms:
             room.sequence = 0  # the registration went with those who moved to the flight's room
         self._next(room)
 
-    def _finish(self, seats: tuple[Seat, ...], turn: Settled | Broken) -> None:
+    def _finish(self, seats: Iterable[Seat], turn: Settled | Broken) -> None:
         for seat in seats:
             if seat.room is not None:
                 del seat.room.seats[seat]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -20,9 +21,9 @@ def seat() -> Seat:
     return Seat()
 
 
-def enter(made: Rooms, key: str = "k") -> Seat:
+def enter(made: Rooms, key: str = "k", began: float = math.inf) -> Seat:
     taken = seat()
-    made.enter(key, taken)
+    made.enter(key, taken, began=began)
     return taken
 
 
@@ -49,6 +50,42 @@ def test_outcome_is_for_those_who_were_there() -> None:
     made.settled(look, b"v")
     assert first.turn == second.turn == Settled(b"v")
     assert late.turn is Turn.LOOK
+
+
+def test_outcome_is_for_those_whose_call_had_begun() -> None:
+    """Who was on its way when the look was sent need not look again; who called in that moment, or later, has to."""
+    made = Rooms(lambda: 1.0, lambda _: None, lambda: 5.0)
+    first = enter(made, began=1.0)
+    look = made.begin_look(first)
+    on_its_way, at_once, late = (enter(made, began=began) for began in (4.9, 5.0, 6.0))
+    made.settled(look, b"v")
+    assert first.turn == on_its_way.turn == Settled(b"v")
+    assert at_once.turn is Turn.LOOK
+    made.settled(made.begin_look(at_once), b"newer")
+    assert at_once.turn == late.turn == Settled(b"newer")
+
+
+@pytest.mark.parametrize("ending", ["leaves", "is interrupted", "is late"])
+def test_whose_look_brings_nothing(ending: str) -> None:
+    """Whoever counted on it looks then."""
+    now = [5.0]
+    made = Rooms(lambda: 1.0, lambda _: None, lambda: now[0])
+    first = enter(made)
+    look = made.begin_look(first)
+    other = enter(made, began=1.0)
+    if ending == "leaves":
+        made.leave(first)
+    elif ending == "is interrupted":
+        made.interrupted(look)
+        made.leave(first)
+    else:
+        now[0] = 20.0
+        made.tick(20.0)
+    assert other.turn is Turn.LOOK
+    newcomer = enter(made, began=now[0] - 1)
+    made.settled(made.begin_look(other), b"v")
+    assert isinstance(newcomer.turn, Settled)
+    assert isinstance(other.turn, Settled)
 
 
 def test_closed() -> None:
@@ -348,7 +385,7 @@ def _walk(rng: random.Random) -> None:
     for step in range(120):
         act = rng.randrange(10)
         if act < 3 and step < 90:
-            present.append(enter(made, rng.choice("ab")))
+            present.append(enter(made, rng.choice("ab"), rng.choice([0.0, math.inf])))
         elif act == 3 and present:
             leaving = rng.choice(present)
             look = looks.pop(leaving, None)

@@ -49,6 +49,29 @@ def test_ten_thousand_callers(made: Shop, key: str) -> None:
     assert len(registered(made, key)) == 0
 
 
+def test_commands_of_a_herd(made: Shop, key: str) -> None:
+    """Coroutines that ask at once need one `acquire`, and of scripts that and their winner's `confirm` are all."""
+
+    async def main() -> None:
+        # Of a process that listens to nothing yet: it begins to, while they come.
+        newcomer = make(made.app.conf.broker_url, made.app.conf.memolock_redis_url, made.app.conf.memolock_prefix)
+        gated = newcomer.tasks["gated"].with_options(lease=60, poll_interval=60, max_poll_interval=60)
+        before = scripts(made)
+        callers = [asyncio.create_task(gated.aget_cached(key)) for _ in range(500)]
+        await started(made, key)
+        made.open_gate(key)
+        assert set(await asyncio.gather(*callers)) == {"open"}
+        until(lambda: scripts(made) >= before + 4)
+        assert scripts(made) == before + 4  # with the worker's claim and settle
+
+    asyncio.run(main())
+
+
+def scripts(made: Shop) -> int:
+    stats: Any = made.records.info("commandstats")
+    return int(stats["cmdstat_evalsha"]["calls"])
+
+
 def test_cancelled_callers(made: Shop, key: str) -> None:
     """To cancel callers concerns no other, the one that looks for all included; the last one unregisters."""
 
