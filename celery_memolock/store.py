@@ -537,9 +537,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_stores)
 
 
-@lru_cache(1)
 def _driver_info() -> dict[str, Any]:
-    """What the client library says of itself to the server, read once: by itself it does so for each connection."""
+    """Read what the client library says of itself to the server."""
     try:
         module: Any = importlib.import_module("redis.driver_info")
     except ImportError:  # of an older version, which says less
@@ -547,9 +546,13 @@ def _driver_info() -> dict[str, Any]:
     return {"driver_info": module.DriverInfo()}
 
 
+#: Read once, and before any fork: by itself the library does so for each connection.
+_DRIVER_INFO: Final = _driver_info()
+
+
 def _own_client(client: redis.Redis) -> redis.Redis:
     pool = client.connection_pool
-    kwargs = {**CONNECTION, **_driver_info(), **{k: v for k, v in pool.connection_kwargs.items() if v is not None}}
+    kwargs = {**CONNECTION, **_DRIVER_INFO, **{k: v for k, v in pool.connection_kwargs.items() if v is not None}}
     kwargs.update(decode_responses=False, retry=Retry(NoBackoff(), 1), retry_on_error=[redis.ConnectionError])
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **kwargs))
 

@@ -72,6 +72,11 @@ def script_of(effect: Script) -> Source:
     return load(type(effect).__name__.lower())
 
 
+# RQ's own worker forks for each job, from a process that has imported this: none of those has to read them then.
+for _effect in Script.__subclasses__():
+    load(_effect.__name__.lower())
+
+
 def arguments(effect: Script, inbox: str) -> tuple[Argument, ...]:
     """Return ARGV of an effect's script; `inbox` is this process's."""
     match effect:
