@@ -8,7 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 from typing_extensions import ParamSpec
@@ -72,9 +72,20 @@ class Memo(Generic[P, R]):
         self._keeps = bool(options.local_ttl) and not options.force_refresh and EARLY.isdisjoint(self._overrides)
         self._near: Local | None = None
         self._complained = False
+        self._with = lru_cache(256, typed=True)(self._override)
 
     def override(self, overrides: Mapping[str, Any]) -> Memo[P, R]:
-        """Return the same task with other options for the calls made through it."""
+        """Return the same task with other options for the calls made through it.
+
+        The last ones are kept: to check options takes as long as a command to the server, and each run would pay it.
+        But a function may hold on to anything.
+        """
+        try:
+            return (self._override if any(map(callable, overrides.values())) else self._with)(**overrides)
+        except TypeError:  # one of them cannot be hashed
+            return self._override(**overrides)
+
+    def _override(self, **overrides: Any) -> Memo[P, R]:
         merged = {**self._overrides, **overrides}
         options = self.options.override(overrides, travels=self._engine.travels)
         return Memo(self.task, self._engine, options, self._maker, self.codec, merged)

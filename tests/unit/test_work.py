@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from celery_memolock import OptionError
 from celery_memolock.codec import Codec
 from celery_memolock.effects import Computing, Ticket
 from celery_memolock.engine import Engine
@@ -26,15 +27,17 @@ class Nothing:
     holder = ""
 
 
-def work(overrides: dict[str, Any], **of_task: Any) -> Any:
-    engine = cast(Engine, Nothing())
+def memo_of(**of_task: Any) -> Memo[..., Any]:
     options = Options(ttl=5, lease=3, **of_task)
-    memo: Memo[..., Any] = Memo(
-        "t", engine, options, KeyMaker("t", inspect.signature(len), options), Codec("t", options)
-    )
+    maker = KeyMaker("t", inspect.signature(len), options)
+    return Memo("t", cast(Engine, Nothing()), options, maker, Codec("t", options))
+
+
+def work(overrides: dict[str, Any], **of_task: Any) -> Any:
+    memo = memo_of(**of_task)
     ticket = read_ticket(write_ticket(Ticket(Keys.of("p", "t:1:k"), "17-abc", (Computing("e"),), overrides)))
     assert (ticket.fence, [each.entry for each in ticket.chain]) == ("17-abc", ["e"])
-    return Work(engine, memo, ticket, (), {}, holder_of("w", 1, 2))
+    return Work(cast(Engine, Nothing()), memo, ticket, (), {}, holder_of("w", 1, 2))
 
 
 def test_options_of_the_winner() -> None:
@@ -53,6 +56,16 @@ def test_the_next_run_is_wanted_as_this_one() -> None:
     """A refresh that is asked for during a run is done with the options of that run."""
     made = work({"ttl": 600, "soft_timeout": 1})
     assert made._again.options == Options(ttl=600, lease=3, nested="dispatch")
+
+
+def test_options_are_checked_once() -> None:
+    """Not for each run and each call, but no function is kept, as it may hold on to anything."""
+    memo = memo_of()
+    assert memo.override({"ttl": 7}) is memo.override({"ttl": 7})
+    assert memo.override({"ttl": 7}) is not memo.override({"ttl": 7.0})
+    assert memo.override({"on_progress": print}) is not memo.override({"on_progress": print})
+    with pytest.raises(OptionError, match="ttl"):
+        memo.override({"ttl": []})  # what cannot be hashed is refused as before
 
 
 @pytest.mark.parametrize("overrides", [{"of_tomorrow": 1}, {"lease": -1}, {"external_timeout": 5}])
