@@ -113,6 +113,8 @@ class AsyncDriver:
         match effect:
             case effects.Get(keys, patience):
                 return self._engine.store.aget(keys, patience)
+            case effects.Acquire() if not self.ending:
+                return self._look(effect)
             case Script():
                 store = self._engine.store
                 return in_thread(store.run, effect) if self.ending else store.arun(effect)
@@ -158,6 +160,11 @@ class AsyncDriver:
             case effects.Unreadable(error):
                 return _Now(self._unreadable(error) if self._unreadable is not None else None)
         raise TypeError(f"no effect: {effect!r}")
+
+    async def _look(self, effect: effects.Acquire) -> Any:
+        reply = await self._engine.store.arun(effect)
+        await asyncio.sleep(0)  # whose GET was answered along with this is to be counted in
+        return reply
 
     async def _aside(self, core: Core[Any]) -> None:
         engine = self._engine

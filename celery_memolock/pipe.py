@@ -97,9 +97,11 @@ class Pipe:
         self._under_way.add(key)
         try:
             (answer,) = await self.ask(self._pack("GET", key), 1, patience)
-            return answer
         finally:
-            self._next(key)
+            others = self._next(key)
+        if others:
+            await asyncio.sleep(0)  # theirs goes first: on a miss, one look is then for them, too
+        return answer
 
     async def _share(self, key: str, patience: float) -> Any:
         loop = asyncio.get_running_loop()
@@ -111,12 +113,13 @@ class Pipe:
         finally:
             timer.cancel()
 
-    def _next(self, key: str) -> None:
+    def _next(self, key: str) -> bool:
         due = self._due.pop(key, None)
         if due is None:
             self._under_way.discard(key)
-        else:
-            asyncio.get_running_loop().create_task(self._get_for(key, due))
+            return False
+        asyncio.get_running_loop().create_task(self._get_for(key, due))
+        return True
 
     async def _get_for(self, key: str, callers: list[asyncio.Future[Any]]) -> None:
         error: Exception | None = None

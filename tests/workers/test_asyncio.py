@@ -52,9 +52,7 @@ def test_ten_thousand_callers(made: Shop, key: str) -> None:
 def test_commands_of_a_herd(made: Shop, key: str) -> None:
     """Coroutines that ask at once need one `acquire`, and of scripts that and their winner's `confirm` are all."""
 
-    async def main() -> None:
-        # Of a process that listens to nothing yet: it begins to, while they come.
-        newcomer = make(made.app.conf.broker_url, made.app.conf.memolock_redis_url, made.app.conf.memolock_prefix)
+    async def main(key: str) -> None:
         gated = newcomer.tasks["gated"].with_options(lease=60, poll_interval=60, max_poll_interval=60)
         before = scripts(made)
         callers = [asyncio.create_task(gated.aget_cached(key)) for _ in range(500)]
@@ -64,7 +62,10 @@ def test_commands_of_a_herd(made: Shop, key: str) -> None:
         until(lambda: scripts(made) >= before + 4)
         assert scripts(made) == before + 4  # with the worker's claim and settle
 
-    asyncio.run(main())
+    # Of a process that listens to nothing yet: it begins to, while they come.
+    newcomer = make(made.app.conf.broker_url, made.app.conf.memolock_redis_url, made.app.conf.memolock_prefix)
+    asyncio.run(main(key))
+    asyncio.run(main(f"{key} again"))  # it listens now, and the loop is another
 
 
 def scripts(made: Shop) -> int:
