@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .options import Options
     from .rooms import Rooms
 
-__all__ = ["CallerMethods", "Memo", "computing"]
+__all__ = ["CallerMethods", "Memo", "computing", "remembered"]
 
 logger = logging.getLogger("celery_memolock")
 P = ParamSpec("P")
@@ -43,6 +43,19 @@ T = TypeVar("T")
 
 #: What is being computed in this context, outermost first.
 computing: ContextVar[tuple[Computing, ...]] = ContextVar("celery_memolock_computing", default=())
+
+
+def remembered(make: Callable[..., T]) -> Callable[..., T]:
+    """Keep what was made of the last options: to check them takes as long as a command to the server."""
+    kept = lru_cache(256, typed=True)(make)
+
+    def get(**options: Any) -> T:
+        try:
+            return kept(**options)
+        except TypeError:  # one of them cannot be hashed
+            return make(**options)
+
+    return get
 
 
 class Memo(Generic[P, R]):
@@ -72,18 +85,14 @@ class Memo(Generic[P, R]):
         self._keeps = bool(options.local_ttl) and not options.force_refresh and EARLY.isdisjoint(self._overrides)
         self._near: Local | None = None
         self._complained = False
-        self._with = lru_cache(256, typed=True)(self._override)
+        self._with = remembered(self._override)
 
     def override(self, overrides: Mapping[str, Any]) -> Memo[P, R]:
         """Return the same task with other options for the calls made through it.
 
-        The last ones are kept: to check options takes as long as a command to the server, and each run would pay it.
-        But a function may hold on to anything.
+        The last ones are kept, but no function: it may hold on to anything.
         """
-        try:
-            return (self._override if any(map(callable, overrides.values())) else self._with)(**overrides)
-        except TypeError:  # one of them cannot be hashed
-            return self._override(**overrides)
+        return (self._override if any(map(callable, overrides.values())) else self._with)(**overrides)
 
     def _override(self, **overrides: Any) -> Memo[P, R]:
         merged = {**self._overrides, **overrides}

@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar, overload
 
 from redis import Redis
@@ -23,7 +23,7 @@ from ..errors import ConfigurationError, FlightFailed, OptionError, StoreUnavail
 from ..flight import Flight, grounded
 from ..keys import KeyMaker
 from ..local import MISSING
-from ..memo import CallerMethods, Memo
+from ..memo import CallerMethods, Memo, remembered
 from ..options import Options, Progress, is_async, refuse_async
 from ..shape import Shape
 from ..store import Store, Stores, client_of
@@ -321,7 +321,7 @@ class Client(Generic[K, T]):
         self._memo: Memo[Any, T] = _memo(
             server, name, _compute, {**given, **shaped}, {"ttl": 1, **defaults}, _fetches_async, shape
         )
-        self._with = lru_cache(256, typed=True)(self._override)
+        self._with = remembered(self._override)
 
     def get(self, key: K, fetch: Callable[[], T | Awaitable[T]], **options: Any) -> T:
         """Return the value, or have it computed, by this caller or by the one that began to, in whichever process.
@@ -609,10 +609,7 @@ class Client(Generic[K, T]):
             )
         if not options:
             return self._memo
-        try:
-            return self._with(**options)
-        except TypeError:  # one of them cannot be hashed
-            return self._override(**options)
+        return self._with(**options)
 
     def _override(self, **overrides: Any) -> Memo[Any, T]:
         _refuse_messages(overrides)
