@@ -8,8 +8,10 @@ import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import redis
 
 from celery_memolock.server import Server, find_server_binary
 
@@ -52,6 +54,12 @@ def any_server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """Each kind of server in turn."""
     with server_of(request.param) as started:
         yield started
+
+
+def commands_run(client: redis.Redis, name: str) -> int:
+    """Count how often a server has run a command, by its scripts as well."""
+    stats: Any = client.info("commandstats")
+    return int(stats.get(f"cmdstat_{name}", {}).get("calls", 0))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import redis
 
 from celery_memolock.engines.celery import store_of
 from celery_memolock.server import Server
+from tests.conftest import commands_run
 from tests.workers.conftest import another_process, in_background, until
 from tests.workers.shop import Shop
 
@@ -122,8 +123,7 @@ def test_forged_notices(any_shop: tuple[Shop, str, str], key: str) -> None:
 
 def looks_of(made: Shop) -> int:
     """Return how many scripts the server has run for this process's inbox alone: all else is quiet."""
-    stats: Any = made.records.info("commandstats")
-    return int(stats["cmdstat_evalsha"]["calls"])
+    return commands_run(made.records, "evalsha")
 
 
 @pytest.mark.parametrize(

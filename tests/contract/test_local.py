@@ -18,6 +18,7 @@ from celery_memolock.engines.celery import store_of
 from celery_memolock.server import Server
 from celery_memolock.testing import Link
 from celery_memolock.tracker import Tracker
+from tests.conftest import commands_run
 from tests.workers.shop import FromAsyncio
 
 
@@ -80,8 +81,7 @@ def site(any_server: Server, link: Link, prefix: str, driver: str) -> Iterator[S
 
 
 def gets(client: redis.Redis) -> int:
-    stats: Any = client.info("commandstats")
-    return int(stats.get("cmdstat_get", {}).get("calls", 0))
+    return commands_run(client, "get")
 
 
 def test_hits_of_many_and_of_peek_cost_no_trip(site: Site) -> None:

@@ -15,6 +15,7 @@ import pytest
 from celery_memolock import DispatchError, WaitTimeout, memolocked_task
 from celery_memolock.engines.celery import store_of
 from celery_memolock.server import Server
+from tests.conftest import commands_run
 from tests.workers.conftest import in_a_process, until
 from tests.workers.shop import Shop, make
 
@@ -54,23 +55,18 @@ def test_commands_of_a_herd(made: Shop, key: str) -> None:
 
     async def main(key: str) -> None:
         gated = newcomer.tasks["gated"].with_options(lease=60, poll_interval=60, max_poll_interval=60)
-        before = scripts(made)
+        before = commands_run(made.records, "evalsha")
         callers = [asyncio.create_task(gated.aget_cached(key)) for _ in range(500)]
         await started(made, key)
         made.open_gate(key)
         assert set(await asyncio.gather(*callers)) == {"open"}
-        until(lambda: scripts(made) >= before + 4)
-        assert scripts(made) == before + 4  # with the worker's claim and settle
+        until(lambda: commands_run(made.records, "evalsha") >= before + 4)
+        assert commands_run(made.records, "evalsha") == before + 4  # with the worker's claim and settle
 
     # Of a process that listens to nothing yet: it begins to, while they come.
     newcomer = make(made.app.conf.broker_url, made.app.conf.memolock_redis_url, made.app.conf.memolock_prefix)
     asyncio.run(main(key))
     asyncio.run(main(f"{key} again"))  # it listens now, and the loop is another
-
-
-def scripts(made: Shop) -> int:
-    stats: Any = made.records.info("commandstats")
-    return int(stats["cmdstat_evalsha"]["calls"])
 
 
 def test_cancelled_callers(made: Shop, key: str) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from celery_memolock import ArgumentError, WaitTimeout
 from celery_memolock.engines.celery import store_of
+from tests.conftest import commands_run
 from tests.workers.conftest import in_background, until
 from tests.workers.shop import Shop, Sold
 
@@ -33,16 +32,10 @@ def test_hits_run_no_script(any_shop: AnyShop, key: str) -> None:
     made, *_ = any_shop
     calls = [(f"{key}-{number}",) for number in range(100)]
     made.stock.get_cached_many(calls)
-    before = commands(made)
+    gets, scripts = (commands_run(made.records, name) for name in ("get", "evalsha"))
     made.stock.get_cached_many(calls)
-    after = commands(made)
-    assert after["get"] - before["get"] == 100
-    assert after["evalsha"] == before["evalsha"]
-
-
-def commands(made: Shop) -> dict[str, int]:
-    stats: Any = made.records.info("commandstats")
-    return {name: int(stats.get(f"cmdstat_{name}", {}).get("calls", 0)) for name in ("get", "evalsha")}
+    assert commands_run(made.records, "get") == gets + 100
+    assert commands_run(made.records, "evalsha") == scripts
 
 
 def test_each_its_own_outcome(any_shop: AnyShop, key: str) -> None:
