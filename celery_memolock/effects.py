@@ -272,6 +272,7 @@ class Ticket:
 
     Attributes:
         run: the attempt that its winner has claimed already, to run it in its own process; it never travels.
+        server: where it was won, as an address without a password; "" if it did not travel.
     """
 
     keys: Keys
@@ -279,6 +280,7 @@ class Ticket:
     chain: tuple[Computing, ...]
     overrides: Mapping[str, Any]
     run: Run | None = None
+    server: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,8 +55,20 @@ class Keys:
     @property
     def all(self) -> tuple[str, str, str, str]:
         """The entry, the flight, the error record and the runs that are alive: KEYS of every script."""
+        return self.entry, self._of_kind("f"), self.error, self._of_kind("r")
+
+    @property
+    def error(self) -> str:
+        """The error record."""
+        return self._of_kind("x")
+
+    def parked(self, fence: str) -> str:
+        """Name the outcome of one flight, as it is kept for a while for those who waited for it."""
+        return self._of_kind(f"p:{fence}")
+
+    def _of_kind(self, kind: str) -> str:
         head, tail = self.entry.split(":e:{", 1)
-        return self.entry, f"{head}:f:{{{tail}", f"{head}:x:{{{tail}", f"{head}:r:{{{tail}"
+        return f"{head}:{kind}:{{{tail}"
 
 
 @dataclass(frozen=True, slots=True)

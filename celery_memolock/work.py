@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from .effects import (
 from .engine import Engine
 from .errors import ArgumentError, MemoLockError, OptionError, StoreUnavailable
 from .flight import Flight, flying
-from .keys import Keys
+from .keys import FORMAT, Keys
 from .memo import Memo, computing
 from .options import CALLER_OPTIONS, Options, Progress, call_options
 from .protocol import compute
@@ -176,6 +177,8 @@ class Work:
     @contextmanager
     def _entered(self, run: Run) -> Iterator[Flight]:
         """Let the code that runs within know what it runs for."""
+        global _strangers
+        _strangers = 0
         self._run = run
         store = self._engine.store
         read, lost = partial(store.get, self._ticket.keys), partial(store.lost, run)
@@ -210,11 +213,43 @@ class Work:
         match done:
             case Skip(reason):
                 logger.info("memolock skips a message of key %s: %s", tag, reason)
+                if self._ticket.server:
+                    self._suspect_another_server()
             case Defer(delay):
                 logger.info("memolock defers a message of key %s for %.1f s", tag, delay)
             case Finished(None, MemoLockError() as refused):
                 logger.warning("memolock lost the value of key %s: %s", tag, refused)
         return done
+
+    def _suspect_another_server(self) -> None:
+        """Say so where a flight left no trace here, as it would have if its caller meant the same server."""
+        global _strangers
+        keys, there, store = self._ticket.keys, self._ticket.server, self._engine.store
+        try:
+            traces = store.get_all([*map(Keys, (keys.entry, keys.error, keys.parked(self._ticket.fence)))], _PATIENCE)
+        except StoreUnavailable:
+            return
+        if any(trace is not None for trace in traces):
+            return
+        _strangers += 1
+        if there != store.address or _strangers >= _MANY_STRANGERS:
+            _complain(
+                logging.ERROR,
+                "memolock finds no flight of key %s on its server, %s; its caller waits for it on %s. If these are two "
+                "servers, callers wait in vain: give web processes and workers the same memolock_redis_url",
+                keys.tag,
+                store.address,
+                there,
+            )
+
+
+#: Flights that left no trace since this process last claimed one. A single one may have been invalidated or withdrawn;
+#: where so many follow each other, one address means two servers.
+_strangers = 0
+_MANY_STRANGERS: Final = 3
+
+#: Seconds that the search for traces may take.
+_PATIENCE: Final = 1.0
 
 
 def _log_report(error: BaseException | None) -> None:
@@ -232,7 +267,7 @@ def as_wanted(memo: Memo[Any, Any], ticket: Ticket, travels: bool = True) -> Mem
     overrides = {name: value for name, value in ticket.overrides.items() if name in known}
     try:
         return memo.override({**_NO_CALLER, **overrides})
-    except OptionError as error:
+    except (OptionError, OverflowError) as error:
         logger.warning("memolock runs key %s with its task's own options: %s", ticket.keys.tag, error)
         return memo
 
@@ -240,9 +275,10 @@ def as_wanted(memo: Memo[Any, Any], ticket: Ticket, travels: bool = True) -> Mem
 # ---- a flight's ticket, as it travels, and the name of who runs it ----------------------------------------------
 
 
-def write_ticket(ticket: Ticket) -> dict[str, Any]:
-    """Return a ticket as plain data, to travel with a message."""
+def write_ticket(ticket: Ticket, server: str) -> dict[str, Any]:
+    """Return a ticket as plain data, to travel with a message; `server` is the address of the one that has it."""
     return {
+        "server": server,
         "entry": ticket.keys.entry,
         "fence": ticket.fence,
         "chain": [each.entry for each in ticket.chain if not each.over],
@@ -254,9 +290,35 @@ def write_ticket(ticket: Ticket) -> dict[str, Any]:
     }
 
 
-def read_ticket(data: Mapping[str, Any]) -> Ticket:
-    """Read what travelled."""
-    return Ticket(Keys(data["entry"]), data["fence"], tuple(map(Computing, data["chain"])), data["options"])
+def read_ticket(data: object) -> Ticket | None:
+    """Read what travelled; None if this version cannot, which is logged once."""
+    given = data if isinstance(data, Mapping) else {}
+    entry, fence, chain, overrides, server = map(given.get, ("entry", "fence", "chain", "options", "server"))
+    if isinstance(entry, str) and _ENTRY(entry) and isinstance(fence, str) and _FENCE(fence):
+        known = [each for each in chain if isinstance(each, str)] if isinstance(chain, list | tuple) else []
+        return Ticket(
+            Keys(entry),
+            fence,
+            tuple(map(Computing, known)),
+            overrides if isinstance(overrides, Mapping) else {},
+            server=server if isinstance(server, str) else "",
+        )
+    _complain(logging.WARNING, "memolock drops messages with tickets that it cannot read, such as %.200r", data)
+    return None
+
+
+_ENTRY: Final = re.compile(rf"[^{{}}]+:{FORMAT}:e:\{{[^{{}}]+\}}").fullmatch
+_FENCE: Final = re.compile(r"\d{1,20}-\w{1,64}").fullmatch
+
+
+def _complain(level: int, text: str, *args: object) -> None:
+    """Log something once in the life of a process: it would come again with each message."""
+    if text not in _complaints:
+        _complaints.add(text)
+        logger.log(level, text + " (said once)", *args)
+
+
+_complaints: set[str] = set()
 
 
 def unsendable(

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.chaos.tasks import LOCAL_LEASE, WAIT, SourceDown, app, kept, value, witness
 from celery_memolock import MemoLockError, WaitTimeout
-from celery_memolock.engines.celery import store_of
+from celery_memolock.engines.celery_settings import store_of
 
 TASKS = {"k0": value, "k1": value, "k2": value, "k3": value, "kept0": kept, "kept1": kept}
 THREADS = 10

@@ -6,22 +6,21 @@ Celery imports this by name, in workers alone.
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import threading
 import time
+from functools import lru_cache
 from typing import Any
 
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import signals
+from kombu.utils.imports import symbol_by_name
 
-from ..codec import pack_error
-from ..effects import Disown
-from ..errors import FlightFailed, MemoLockError
-from ..work import as_wanted, holder_of
-from .celery import store_of, ticket_in
+from ..errors import FlightFailed
+from ..work import holder_of
+from .celery_flight import tell_failure, ticket_in
 
-__all__ = ["FlightRequest"]
+__all__ = ["FlightRequest", "request_class"]
 
 #: Seconds after which Celery's pool, which looks after its processes every five, has replaced one that was killed. A
 #: message that comes before may be given to the dead process, and lie there until another one comes.
@@ -31,7 +30,6 @@ REFILLED = 6.0
 _pools: dict[str, Any] = {}
 
 _Request: Any = importlib.import_module("celery.worker.request").Request
-logger = logging.getLogger("celery_memolock")
 
 
 class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
@@ -63,15 +61,9 @@ class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
         holder = holder_of(self.hostname, os.getpid(), self.worker_pid) if self.worker_pid else ""
 
         def tell() -> None:
-            outcome, ttl = None, 0.0
             if error is None:
                 self._await_replacement()
-            try:
-                if error is not None:
-                    outcome, ttl = pack_error(error), as_wanted(self.task.memo, ticket).options.error_ttl_of(error)
-                store_of(self.app).run(Disown(ticket.keys, ticket.fence, holder, outcome, 30.0, ttl))
-            except MemoLockError as trouble:
-                logger.warning("memolock leaves key %s to its lease: %s", ticket.keys.tag, trouble)
+            tell_failure(self.task, ticket, holder, error)
 
         # In a thread, as the main process must not wait for a server that may be slow.
         threading.Thread(target=tell, name="memolock-disown", daemon=True).start()
@@ -85,6 +77,13 @@ class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
             if pids and self.worker_pid not in pids and len(pids) >= pool._processes:
                 return
             time.sleep(0.1)
+
+
+@lru_cache
+def request_class(theirs: Any) -> Any:
+    """Return a class of requests that is both theirs and a `FlightRequest`; theirs may be named, as for Celery."""
+    found = symbol_by_name(theirs)
+    return found if issubclass(found, FlightRequest) else type(found.__name__, (FlightRequest, found), {})
 
 
 def _on_ready(sender: Any, **_: Any) -> None:

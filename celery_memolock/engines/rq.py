@@ -179,7 +179,7 @@ class _RqEngine(InlineRuns, InThreads):
         queue = self._where.queue
         options = dict(self._given)
         retry: rq.Retry | None = options.get("retry")
-        header = {**write_ticket(ticket), "retries": retry.max if retry else 0}
+        header = {**write_ticket(ticket, self.store.address), "retries": retry.max if retry else 0}
         # The callbacks are ours, so that we hear what befalls the job; ours call the user's.
         for name in ("on_failure", "on_stopped", "on_success"):
             theirs: rq.Callback | None = options.pop(name, None)
@@ -224,12 +224,13 @@ class _RqEngine(InlineRuns, InThreads):
 
 def _ticket_of(job: Job) -> tuple[Ticket, dict[str, Any]] | None:
     header: dict[str, Any] | None = (job.meta or {}).get(_META)
-    return None if header is None else (read_ticket(header), header)
+    ticket = None if header is None else read_ticket(header)
+    return None if ticket is None or header is None else (ticket, header)
 
 
 def _retries(job: Job, header: Mapping[str, Any]) -> int:
     """Count how often RQ sent the job again, for an exception or as it returned a `Retry`."""
-    allowed: int = header["retries"]
+    allowed: int = header.get("retries", 0)
     left = allowed if job.retries_left is None else job.retries_left
     return allowed - left + (job.number_of_retries or 0)
 
@@ -317,9 +318,17 @@ class _JobRun:
 
 
 def on_success(job: Job, connection: redis.Redis, result: Any) -> None:
-    """RQ calls this when a flight's job succeeded, which it does also where there was nothing to run."""
-    if not job.meta[_META].get("skipped"):
-        _call_theirs(job, "on_success", connection, result)
+    """RQ calls this when a flight's job succeeded, which it does also where there was nothing to run.
+
+    If it never came to its run, as the function's name means something else here, those who wait hear so.
+    """
+    found = _ticket_of(job)
+    if found is None or found[1].get("skipped"):
+        return
+    if not found[1].get("ran"):
+        text = f"job {job.id} succeeded without a run of its flight: {job.func_name} is no memolocked job here"
+        _disown(job, connection, ("", FlightFailed(text)))
+    _call_theirs(job, "on_success", connection, result)
 
 
 def on_failure(job: Job, connection: redis.Redis, kind: Any, error: Any, trace: Any) -> None:
@@ -349,7 +358,8 @@ def on_stopped(job: Job, connection: redis.Redis) -> None:
 
 
 def _call_theirs(job: Job, name: str, *args: Any) -> None:
-    theirs = job.meta[_META][name]
+    found = _ticket_of(job)
+    theirs = found and found[1].get(name)
     if theirs is not None:
         import_attribute(theirs)(job, *args)
 
@@ -511,10 +521,11 @@ def memolocked_job(
         def run(*args: Any, **kwargs: Any) -> Any:
             job = rq.get_current_job()
             # Not a plain call of this function from inside of a flight, its own or another's.
-            if job is not None and job.func_name == path and not computing.get():
+            if job is not None and job.func_name == path and not computing.get() and _META in (job.meta or {}):
                 found = _ticket_of(job)
                 if found is not None:
                     return _JobRun(engine, job, *found).fly(args, kwargs)
+                return None  # nobody could be told of its value
             with grounded():
                 return function(*args, **kwargs)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 
-from celery_memolock.engines.celery import store_of
+from celery_memolock.engines.celery_settings import store_of
 from celery_memolock.server import Server
 from tests.conftest import commands_run
 from tests.workers.conftest import another_process, in_background, until
@@ -60,7 +60,7 @@ def test_ten_thousand_keys(own_server: Server, start_worker: Start, key: str) ->
 
 INTERRUPTED = """
 import sys
-from celery_memolock.engines.celery import store_of
+from celery_memolock.engines.celery_settings import store_of
 from tests.workers.shop import shop
 
 try:

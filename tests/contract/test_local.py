@@ -14,7 +14,7 @@ from celery import Celery
 
 from celery_memolock import MISS, OptionError, memolocked_task
 from celery_memolock.engines import celery as engine
-from celery_memolock.engines.celery import store_of
+from celery_memolock.engines.celery_settings import store_of
 from celery_memolock.server import Server
 from celery_memolock.testing import Link
 from celery_memolock.tracker import Tracker

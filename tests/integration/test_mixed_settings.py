@@ -10,7 +10,7 @@ import pytest
 from celery import Celery
 
 from celery_memolock import MISS, DecodeError, memolocked_task
-from celery_memolock.engines.celery import store_of
+from celery_memolock.engines.celery_settings import store_of
 from celery_memolock.server import Server
 from tests.workers.conftest import in_background
 

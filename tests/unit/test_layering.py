@@ -29,8 +29,10 @@ LAYERS = [
     {"aio"},
     {"flight", "memo"},
     {"work"},
-    {"engines.celery", "engines.inline"},
+    {"engines.celery_settings", "engines.inline"},
+    {"engines.celery_flight"},
     {"engines.celery_worker", "engines.rq"},
+    {"engines.celery"},
     {"rq"},
     {"cli"},
 ]

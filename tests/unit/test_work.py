@@ -35,7 +35,9 @@ def memo_of(**of_task: Any) -> Memo[..., Any]:
 
 def work(overrides: dict[str, Any], **of_task: Any) -> Any:
     memo = memo_of(**of_task)
-    ticket = read_ticket(write_ticket(Ticket(Keys.of("p", "t:1:k"), "17-abc", (Computing("e"),), overrides)))
+    sent = write_ticket(Ticket(Keys.of("p", "t:1:k"), "17-abc", (Computing("e"),), overrides), "redis://there")
+    ticket = read_ticket(sent)
+    assert ticket is not None
     assert (ticket.fence, [each.entry for each in ticket.chain]) == ("17-abc", ["e"])
     return Work(cast(Engine, Nothing()), memo, ticket, (), {}, holder_of("w", 1, 2))
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from celery_memolock import DispatchError, MemoLockTask, StoreUnavailable
-from celery_memolock.engines.celery import store_of
+from celery_memolock.engines.celery_settings import store_of
 from celery_memolock.server import Server
 from tests.workers.conftest import ROOT, in_background
 from tests.workers.shop import Shop, make

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from celery_memolock import DispatchError, WaitTimeout, memolocked_task
-from celery_memolock.engines.celery import store_of
+from celery_memolock.engines.celery_settings import store_of
 from celery_memolock.server import Server
 from tests.conftest import commands_run
 from tests.workers.conftest import in_a_process, until

@@ -28,7 +28,7 @@ from celery_memolock import (
     memolocked_task,
 )
 from celery_memolock.cli import main
-from celery_memolock.engines.celery import store_of
+from celery_memolock.engines.celery_settings import store_of
 from celery_memolock.options import Options
 from celery_memolock.server import Server
 from tests.conftest import missing

@@ -10,7 +10,7 @@ import pytest
 
 from celery_memolock import MISS, NothingStale, OptionError, StoreUnavailable, WaitTimeout, current_flight
 from celery_memolock.codec import Entry
-from celery_memolock.engines.celery import store_of
+from celery_memolock.engines.celery_settings import store_of
 from celery_memolock.server import Server
 from tests.workers.conftest import Start, in_background, until
 from tests.workers.shop import Shop, Sold, Stock

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from celery_memolock import ArgumentError, WaitTimeout
-from celery_memolock.engines.celery import store_of
+from celery_memolock.engines.celery_settings import store_of
 from tests.conftest import commands_run
 from tests.workers.conftest import in_background, until
 from tests.workers.shop import Shop, Sold

@@ -1,0 +1,388 @@
+"""A flight's message of Celery: how it is sent, how a worker runs it, and how a worker tells that it never ran."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from typing import Any, Final
+
+from celery import signals
+from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown, WorkerTerminate
+from kombu import serialization
+from kombu.exceptions import EncodeError as KombuEncodeError
+
+from ..aio import InThreads
+from ..bounded import TooSlow, within
+from ..codec import pack_error
+from ..effects import Defer, Disown, Finished, GoesOn, Interrupted, Raised, Returned, Ticket
+from ..errors import ArgumentError, DispatchError, FlightFailed, MemoLockError, StoreUnavailable
+from ..flight import Flight, grounded
+from ..store import Store
+from ..work import Outcome, Work, as_wanted, holder_of, read_ticket, unsendable, write_ticket
+from .celery_settings import store_of
+
+__all__ = ["HEADER", "REFRESHING", "CeleryEngine", "FlightMessage", "header_in", "ticket_in", "with_flights"]
+
+logger = logging.getLogger("celery_memolock")
+
+#: What is ours among a message's headers.
+HEADER: Final = "memolock"
+
+#: The headers of a message that does what `refresh` does.
+REFRESHING: Final[dict[str, Any]] = {HEADER: {"refresh": True}}
+
+#: Which task runs: the stubs know half of it.
+_state: Any = importlib.import_module("celery._state")
+
+#: Seconds until a message comes again that a worker could not claim, having no way to the server. Another may have one.
+_PUT_BACK: Final = 1.0
+
+
+# ---- sending ---------------------------------------------------------------------------------------------------
+
+
+class CeleryEngine(InThreads):
+    """Sends flights as messages of one task, and runs them here where there is no worker to wait for."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+
+    @property
+    def store(self) -> Store:
+        """The server that the task's app is configured with."""
+        return store_of(self._task.app)
+
+    @property
+    def eager(self) -> bool:
+        """Celery's `task_always_eager`."""
+        return bool(self._task.app.conf.task_always_eager)
+
+    @property
+    def in_worker(self) -> bool:
+        """Whether a Celery task is running in this thread."""
+        return _state.get_current_worker_task() is not None
+
+    @property
+    def ends_with_job(self) -> bool:
+        """A process of Celery's lives on."""
+        return False
+
+    @property
+    def travels(self) -> bool:
+        """Flights are messages."""
+        return True
+
+    @property
+    def holder(self) -> str:
+        """None: an inline run is a Celery task as well, which claims for itself."""
+        return ""
+
+    def send(self, ticket: Ticket, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: float) -> None:
+        """Publish the flight's message; see `Engine.send`."""
+        task = self._task
+
+        def publish() -> None:
+            # Nobody asks for this result by its task id, so it needs no place in a result backend.
+            task.apply_async(args, dict(kwargs), headers=self._headers(ticket), ignore_result=True)
+
+        try:
+            within(timeout, publish)
+        except (KombuEncodeError, TypeError) as error:
+            raise self._unsendable(args, kwargs, error) from error
+        except TooSlow as error:
+            raise DispatchError(f"the broker at {self._broker()} {error}") from None
+        except Exception as error:
+            raise DispatchError(
+                f"the message of task {task.name!r} could not be sent to {self._broker()}: {error}"
+            ) from error
+
+    def run_here(self, ticket: Ticket | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a flight, or without a ticket the bare task, in this thread; see `Engine.run_here`."""
+        if ticket is None:
+            return self._task.apply(args, dict(kwargs)).get(disable_sync_subtasks=False)
+        self._task.apply(args, dict(kwargs), headers=self._headers(ticket), throw=False)
+        return None
+
+    def _headers(self, ticket: Ticket) -> dict[str, Any]:
+        return {HEADER: write_ticket(ticket, self.store.address)}
+
+    def _broker(self) -> str:
+        return str(self._task.app.connection_for_write().as_uri())
+
+    def _unsendable(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> ArgumentError:
+        name = self._task.serializer or self._task.app.conf.task_serializer
+        whose, call = f"task {self._task.name!r}", (self._task.run, args, kwargs)
+        found = unsendable(
+            whose, call, f"Celery's serializer {name!r}", lambda value: serialization.dumps(value, serializer=name)
+        )
+        return found or ArgumentError(f"the arguments of {whose} cannot be sent: {error}")
+
+
+# ---- the headers -----------------------------------------------------------------------------------------------
+
+
+def header_in(headers: Any) -> Any:
+    """Return what is ours among a message's headers; None if nothing is.
+
+    An instrumentation that wraps `apply_async` may put a dictionary named headers into the headers. Then Celery shows
+    a task that inner dictionary as its headers, and sends it with a retry in place of what was sent first.
+    """
+    if not isinstance(headers, Mapping):
+        return None
+    inner = headers.get("headers")
+    found = headers.get(HEADER)
+    return inner.get(HEADER) if found is None and isinstance(inner, Mapping) else found
+
+
+def ticket_in(headers: Any) -> Ticket | None:
+    """Return the ticket in a message's headers; None if it is no flight's, or cannot be read."""
+    header = header_in(headers)
+    return None if header is None or is_refresh(header) else read_ticket(header)
+
+
+def is_refresh(header: Any) -> bool:
+    """Whether a message does what `refresh` does."""
+    return isinstance(header, Mapping) and header.get("refresh") is True
+
+
+def keep_header(request: Any) -> None:
+    """Put what is ours where Celery takes a retry's headers from."""
+    header = header_in(vars(request))
+    if header is not None:
+        request.headers = {**(request.headers or {}), HEADER: header}
+
+
+# ---- running ---------------------------------------------------------------------------------------------------
+
+
+def with_flights(task: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a task's `run` that is a flight if its message carries a ticket, and else what it was.
+
+    It is `run`, as every class's own `__call__` goes around that one, whatever it does before and after.
+    """
+
+    @functools.wraps(run)
+    def fly(*args: Any, **kwargs: Any) -> Any:
+        request = _message_of(task)
+        header = None if request is None else header_in(vars(request))
+        # A plain call of this task from inside its own run comes by here too, and must not be the flight again.
+        if header is None or getattr(request, "memolock_entered", False):
+            with grounded():
+                return run(*args, **kwargs)
+        request.memolock_entered = True
+        if is_refresh(header):
+            return _refresh(task, args, kwargs)
+        ticket = read_ticket(header)
+        if ticket is None:
+            raise Ignore("memolock drops a message whose ticket it cannot read")
+        message = FlightMessage(task, request, ticket, run)
+        request.memolock_flight = message
+        return message.fly(args, kwargs)
+
+    return fly
+
+
+def _refresh(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    memo = task.memo.override({"nested": "inline"})  # what this message does is the run itself
+    memo.run(memo.refresh(args, kwargs))
+
+
+def _message_of(task: Any) -> Any:
+    """Return Celery's request of the message that a task runs for; None in a plain call.
+
+    Outside of `celery worker` Celery's own `__call__`, if a class calls it, lays a request of a plain call over that.
+    """
+    return next((each for each in reversed(task.request_stack.stack) if not each.called_directly), None)
+
+
+class FlightMessage:
+    """One message of one flight in a worker.
+
+    Attributes:
+        told: whether those who wait know what became of the message, or will know without another word.
+    """
+
+    def __init__(self, task: Any, request: Any, ticket: Ticket, run: Callable[..., Any]) -> None:
+        self._task = task
+        self._request = request
+        self._ticket = ticket
+        self._run = run
+        self._work: Work | None = None
+        self._goes_on = False
+        self._left_by: BaseException | None = None
+        self.running = False
+        self.told = False
+
+    def fly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Claim, run and settle. Raises what the run raised, or `Ignore` where there is nothing to run."""
+        request = self._request
+        holder = holder_of(request.hostname, os.getppid(), os.getpid())
+        redelivered = bool((request.delivery_info or {}).get("redelivered"))
+        engine = CeleryEngine(self._task)
+        work = Work(engine, self._task.memo, self._ticket, args, kwargs, holder, request.retries, redelivered)
+        self._work = work
+
+        def body(flight: Flight) -> Outcome:
+            self.told = self.running = True  # from here on it is the flight that tells
+            try:
+                return self._outcome(flight, args, kwargs)
+            finally:
+                self.running = False
+
+        try:
+            done = work.do(body)
+        except StoreUnavailable as error:  # before the run: what comes after it is in what `do` returns
+            logger.warning("memolock puts the message of key %s back: %s", self._ticket.keys.tag, error)
+            self._send_again(args, kwargs, _PUT_BACK)
+            raise Ignore from None
+        if isinstance(done, Defer):
+            self._send_again(args, kwargs, done.delay)
+        self.told = True
+        if not isinstance(done, Finished):
+            raise Ignore
+        if self._left_by is not None:
+            raise self._left_by
+        if done.answer is not None and done.refused is not None:
+            raise done.refused
+        assert isinstance(work.outcome, Returned)
+        return work.outcome.value
+
+    def requeue(self, retries: int, delay: float) -> None:
+        """Put the flight back into the queue, before its message is sent again.
+
+        Raises:
+            Ignore: an invalidation or a take-over made this flight worthless, and a retry would be in vain.
+        """
+        assert self._work is not None
+        self._goes_on = True
+        if not self._work.requeue(retries, delay):
+            raise Ignore("memolock does not retry a flight that an invalidation or another flight made worthless")
+
+    def _outcome(self, flight: Flight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        try:
+            return flight.outcome(self._run(*args, **kwargs))
+        except (Retry, Ignore, Reject) as left:
+            self._left_by = left
+            if _comes_back(left, self._task) and not self._goes_on:
+                self.requeue(self._request.retries, 0.0)
+            elif isinstance(left, Reject) or not self._goes_on:
+                return Raised(_without_value(self._task, left))
+            return GoesOn()
+        except Exception as error:
+            self._left_by = error
+            return Raised(error)
+        except BaseException as error:
+            if _is_terminated(error):
+                raise  # the main process tells why, or the lease decides
+            self._left_by = error
+            if self._request.is_eager or _ends_worker(error):
+                return Interrupted(error)
+            return Raised(_without_value(self._task, error))
+
+    def _send_again(self, args: tuple[Any, ...], kwargs: dict[str, Any], delay: float) -> None:
+        request = self._request
+        if not request.is_eager:  # else there is no message: a waiting caller takes over when the lease has passed
+            task = self._task
+            task.signature_from_request(request, args, kwargs, countdown=delay, retries=request.retries).apply_async()
+        self.told = True
+
+
+def until(eta: datetime) -> float:
+    """Return the seconds until then."""
+    now = datetime.now(eta.tzinfo) if eta.tzinfo else datetime.now(timezone.utc).replace(tzinfo=None)
+    return max(0.0, (eta - now).total_seconds())
+
+
+# ---- how a run ends --------------------------------------------------------------------------------------------
+
+
+def _comes_back(left: BaseException | None, task: Any) -> bool:
+    return isinstance(left, Reject) and bool(vars(left)["requeue"]) and bool(task.acks_late)
+
+
+def _without_value(task: Any, left: BaseException) -> FlightFailed:
+    """Return what those hear who wait for a run that ended by something else than an error."""
+    text = f"task {task.name!r} ended without a value: {type(left).__name__}: {left}"
+    if isinstance(left, Reject) and vars(left)["requeue"] and not task.acks_late:
+        text += " (a message that was acknowledged early cannot be requeued: set acks_late=True)"
+    failed = FlightFailed(text)
+    failed.__cause__ = left  # its traceback is told, too
+    return failed
+
+
+def _is_terminated(error: BaseException) -> bool:
+    """Whether a process of Celery's pool ends by a signal: its handler exits with the signal less 256."""
+    return isinstance(error, SystemExit) and isinstance(error.code, int) and -256 < error.code < -128
+
+
+def _ends_worker(error: BaseException) -> bool:
+    """Whether it is the worker that ends, and not the task: then somebody else may begin at once."""
+    greenlets: Any = sys.modules.get("greenlet")
+    return isinstance(error, WorkerShutdown | WorkerTerminate) or (
+        greenlets is not None and isinstance(error, greenlets.GreenletExit)
+    )
+
+
+# ---- messages that end without a run ---------------------------------------------------------------------------
+
+
+def _on_end(sender: Any, state: str | None = None, retval: Any = None, **_: Any) -> None:
+    """A task's message has ended: if its flight never began, those who wait hear why.
+
+    A class's own `before_start` or `__call__` may have raised, or the worker be set up otherwise than its callers.
+    """
+    request = getattr(sender, "request", None)
+    ticket = ticket_in(vars(request)) if getattr(sender, "memolock", None) and hasattr(request, "__dict__") else None
+    message: FlightMessage | None = getattr(request, "memolock_flight", None)
+    if ticket is None or (message is not None and message.told):
+        return
+    left = retval if isinstance(retval, BaseException) else sys.exc_info()[1]
+    if state == "RETRY" or isinstance(left, Retry) or _comes_back(left, sender):
+        return  # it comes again
+    if left is None:
+        text = f"task {sender.name!r} ended without having run: a __call__ of its classes did not call run"
+        error: Exception = FlightFailed(text)
+    elif isinstance(left, Exception) and not isinstance(left, Ignore | Reject):
+        error = left
+    elif _is_terminated(left) or _ends_worker(left):
+        return  # the main process tells why, or the lease decides
+    else:
+        error = _without_value(sender, left)
+    logger.warning("memolock tells those who wait for key %s that its run never began: %r", ticket.keys.tag, error)
+    tell_failure(sender, ticket, "", error)
+
+
+def tell_failure(task: Any, ticket: Ticket, holder: str, error: Exception | None) -> None:
+    """Tell those who wait that a run, or with no holder a message, came to nothing. Without an error they take over."""
+    try:
+        outcome, ttl = None, 0.0
+        if error is not None:
+            outcome = pack_error(error)
+            try:
+                ttl = as_wanted(task.memo, ticket).options.error_ttl_of(error)
+            except MemoLockError:
+                pass  # an option of the task may be what is wrong
+        store_of(task.app).run(Disown(ticket.keys, ticket.fence, holder, outcome, 30.0, ttl))
+    except MemoLockError as trouble:
+        logger.error("memolock leaves those who wait for key %s to their time-outs: %s", ticket.keys.tag, trouble)
+
+
+def _on_unknown(sender: Any, message: Any, name: str, **_: Any) -> None:
+    """A worker does not know the task: all who wait for the flight hear so at once."""
+    ticket = ticket_in(message.headers)
+    if ticket is None:
+        return
+    error = FlightFailed(f"task {name!r} is not registered on worker {sender.hostname}: does it import the module?")
+    try:
+        store_of(sender.app).run(Disown(ticket.keys, ticket.fence, "", pack_error(error), 30.0))
+    except MemoLockError as failed:
+        logger.warning("memolock could not tell that task %s is unknown: %s", name, failed)
+
+
+signals.task_postrun.connect(_on_end, weak=False, dispatch_uid="celery_memolock.end")
+signals.task_unknown.connect(_on_unknown, weak=False, dispatch_uid="celery_memolock.unknown")
