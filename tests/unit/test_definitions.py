@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from celery import Celery
+from celery import Celery, Task
+from celery.worker.request import Request
 
 from celery_memolock import MemoLock, MemoLockTask, OptionError, memolocked_task
+from celery_memolock.engines.celery_worker import FlightRequest
 
 
 @pytest.fixture
@@ -121,3 +123,77 @@ def test_defaults_of_a_memolock() -> None:
         MemoLock(ttl=5).memoize(compress_over=5)(says)
     with pytest.raises(OptionError, match="compress_over=5 needs compression"):
         MemoLock(ttl=5).client("c", compress_over=5)
+
+
+class Theirs(Request):  # type: ignore[misc]  # Celery's is untyped
+    """What an application makes of a message."""
+
+
+class Hooked(Task[Any, Any]):
+    """A task class of an application's own."""
+
+    abstract = True
+    Request = Theirs
+    queue_of_tenant = "t1"
+
+
+class HookedFirst(Hooked, MemoLockTask[Any, Any]):
+    """It stands before ours."""
+
+    abstract = True
+
+
+class HookedLast(MemoLockTask[Any, Any], Hooked):
+    """It stands behind ours."""
+
+    abstract = True
+
+
+class OwnRequest(MemoLockTask[Any, Any]):
+    """It names what it makes of a message."""
+
+    abstract = True
+    Request = f"{__name__}:Theirs"
+
+
+@pytest.mark.parametrize(
+    ("spelling", "base"),
+    [
+        *(("memolocked_task", base) for base in (None, MemoLockTask, Hooked, HookedFirst, HookedLast, OwnRequest)),
+        *(("app.task", base) for base in (MemoLockTask, HookedFirst, HookedLast, OwnRequest)),
+    ],
+)
+def test_classes_of_an_app(spelling: str, base: type[Any] | None) -> None:
+    """A task derives from its app's own class, whatever base it names, and its messages are both classes' requests."""
+    app = Celery("classes", set_as_current=False, broker="memory://", task_cls=Hooked)
+    if spelling == "memolocked_task":
+        made: Any = memolocked_task(app=app, ttl=5, name="made", **({"base": base} if base else {}))(says)
+    else:
+        made = app.task(base=base, shared=False, name="made", memolock={"ttl": 5})(says)
+    assert isinstance(made, MemoLockTask)
+    assert isinstance(made, app.Task)
+    assert made.queue_of_tenant == "t1"
+    assert issubclass(made.Request, FlightRequest)
+    assert issubclass(made.Request, Theirs)
+
+
+def test_class_given_to_an_app_later() -> None:
+    """As Celery itself does, memolock takes the class that the app has when its tasks are bound."""
+    app = Celery("later", set_as_current=False, broker="memory://")
+    made: Any = memolocked_task(app=app, ttl=5, name="made")(says)
+    app.Task = Hooked
+    assert made.queue_of_tenant == "t1"
+
+
+def test_classes_that_do_not_go_together() -> None:
+    """They are refused where the task is defined."""
+    app = Celery("apart", set_as_current=False, broker="memory://", task_cls=HookedFirst)
+    with pytest.raises(OptionError, match="its base does not go with the task class of its app"):
+        app.task(base=HookedLast, shared=False, lazy=False, name="made", memolock={"ttl": 5})(says)
+
+
+def test_nothing_of_celerys_is_changed() -> None:
+    """A request that is Celery's own stays named by its path, as only workers import it."""
+    app = Celery("plain", set_as_current=False, broker="memory://")
+    made: Any = memolocked_task(app=app, ttl=5, name="made")(says)
+    assert made.Request == MemoLockTask.Request == "celery_memolock.engines.celery_worker:FlightRequest"

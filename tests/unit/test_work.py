@@ -15,7 +15,7 @@ from celery_memolock.engine import Engine
 from celery_memolock.keys import KeyMaker, Keys
 from celery_memolock.memo import Memo
 from celery_memolock.options import Options
-from celery_memolock.work import Work, holder_of, read_ticket, write_ticket
+from celery_memolock.work import Work, _complaints, holder_of, read_ticket, write_ticket
 
 
 class Nothing:
@@ -70,9 +70,19 @@ def test_options_are_checked_once() -> None:
         memo.override({"ttl": []})  # what cannot be hashed is refused as before
 
 
-@pytest.mark.parametrize("overrides", [{"of_tomorrow": 1}, {"lease": -1}, {"external_timeout": 5}])
+@pytest.mark.parametrize("overrides", [{"of_tomorrow": 1}, {"lease": -1}, {"external_timeout": 5}, {"ttl": 10**400}])
 def test_options_that_this_version_does_not_take(overrides: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     """They must not keep a worker from running the flight, which nobody else would learn before `queue_timeout`."""
     with caplog.at_level(logging.WARNING, "celery_memolock"):
         assert work(overrides)._call.options == Options(ttl=5, lease=3)
     assert ("with its task's own options" in caplog.text) == ("of_tomorrow" not in overrides)
+
+
+def test_tickets_that_cannot_be_read_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """They come with each message of a caller that is of another version."""
+    _complaints.clear()
+    with caplog.at_level(logging.WARNING, "celery_memolock"):
+        for data in (None, {"entry": "x" * 10_000}, {"entry": "p:1:e:{t:1:k}", "fence": "17-" + "a" * 1000}):
+            assert read_ticket(data) is None
+    (record,) = caplog.records
+    assert len(record.getMessage()) < 500

@@ -42,6 +42,19 @@ class Stock:
     seen: datetime
 
 
+class Left(BaseException):
+    """What ends a run and is no error, as a library may have its own."""
+
+
+#: What a run may leave by that no `except Exception` sees.
+WAYS_OUT: dict[str, BaseException] = {
+    "KeyboardInterrupt": KeyboardInterrupt("by the task"),
+    "SystemExit": SystemExit(3),
+    "CancelledError": asyncio.CancelledError("by a library"),
+    "Left": Left("by a library"),
+}
+
+
 class Loop:
     """An event loop in a thread of its own, for those who ask from asyncio."""
 
@@ -397,11 +410,42 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
             records.blpop([f"gate:{key}"], 55)
         return key
 
+    class Hooked(MemoLockTask[Any, Any]):
+        """A class of the application's own, with hooks around the run."""
+
+        abstract = True
+
+        def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+            if args[0].startswith("too early"):
+                raise Sold(args[0])
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            match args[0].split(":")[0]:
+                case "instead":
+                    return "without a run"
+                case "ignored":
+                    raise Ignore("by its class")
+                case "around":
+                    raise Sold(args[0])
+                case "again" if not self.request.retries:
+                    self.retry(countdown=0)
+            return ["around", super().__call__(*args, **kwargs)]
+
+    @memolocked_task(app=app, ttl=60, name="shop.hooked", base=Hooked)
+    def hooked(key: str) -> str:
+        ran(key)
+        return key
+
+    @memolocked_task(app=app, ttl=60, name="shop.leaving", lease=300)
+    def leaving(key: str, way: str) -> Any:
+        ran(key)
+        raise WAYS_OUT[way]
+
     by_class: Task[Any, Any] = app.register_task(ByClass())
     tasks = [stock, plain, slow, gated, failing, unencodable, bound, flaky, retrying, outer, circle, with_base, add]
     tasks += [near, ping, pong, ending, early, soft, hard, expiring, sourced, crowded, missing]
     tasks += [counted, chosen, told, tagged, fallback, typed, reporting, warm, outside, indexed]
-    tasks += [labelled, mistagged, jittered, lines]
+    tasks += [labelled, mistagged, jittered, lines, hooked, leaving]
     named = {task.name.removeprefix("shop."): task for task in [*tasks, by_class]}
     return Shop(app, records, tasks=named)
 
@@ -416,3 +460,5 @@ if "SHOP_BROKER" in os.environ:
         result_backend=os.environ.get("SHOP_RESULTS"),
     )
     app = shop.app
+    if "SHOP_MISSPELT" in os.environ:
+        app.conf[os.environ["SHOP_MISSPELT"]] = 5
