@@ -80,6 +80,20 @@ if "RQ_JOBS_URL" in os.environ:
             stand_at_gate(key)
         return rq.Retry(max=1) if count == 2 else count
 
+    @memolocked_job(queue, **{**COMMON, "lease": 300})
+    def leaving(key: str) -> str:
+        note(f"leaving {key}")
+        raise asyncio.CancelledError("by a library")
+
+    @memolocked_job(queue, **COMMON)
+    def replaced(key: str) -> str:
+        return key
+
+    if "worker" in sys.argv:  # it imports a version in which this is no job of ours
+
+        def replaced(key: str) -> str:  # type: ignore[no-redef]
+            return key
+
     @memolocked_job(queue, **COMMON)
     async def later(key: str) -> str:
         await asyncio.sleep(0.01)

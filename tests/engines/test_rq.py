@@ -98,6 +98,21 @@ def test_retries_keep_the_flight(jobs: Any, start: Start, key: str) -> None:
         jobs.returning.get_cached(f"sold {key}", 5)
 
 
+def test_what_no_run_tells(jobs: Any, start: Start, key: str) -> None:
+    """A run that ends by no error, a job that is none of ours in its worker, tickets that are spoilt: nobody waits."""
+    worker = start("--worker-class", "rq.SimpleWorker")
+    for ticket in ("garbage", 5, {}, {"entry": "no key", "fence": 5}, {"entry": f"{jobs.QUEUE}:1:e:{{k}}"}):
+        jobs.queue.enqueue(f"{rq_jobs.__name__}.stock", f"{key} spoilt", meta={"memolock": ticket})
+    with pytest.raises(FlightFailed, match="ended by CancelledError: by a library"):
+        jobs.leaving.get_cached(key)
+    with pytest.raises(FlightFailed, match=r"without a run of its flight: .*replaced is no memolocked job"):
+        jobs.replaced.get_cached(key)
+    assert jobs.stock.get_cached(key) == [key, "stock"]
+    assert rq_jobs.ran(jobs, f"leaving {key}") == 1
+    assert rq_jobs.ran(jobs, f"stock {key} spoilt") == 0
+    assert worker.log.read_text().count("tickets that it cannot read") == 1
+
+
 def every_job(queue: rq.Queue) -> list[Job]:
     """Return the jobs that a worker has, and those that wait for one."""
     ids = [*queue.job_ids, *queue.started_job_registry.get_job_ids()]
