@@ -169,9 +169,10 @@ def with_flights(task: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run)
     def fly(*args: Any, **kwargs: Any) -> Any:
         request = _message_of(task)
-        header = None if request is None else header_in(vars(request))
         # A plain call of this task from inside its own run comes by here too, and must not be the flight again.
-        if header is None or getattr(request, "memolock_entered", False):
+        ours = request is not None and not getattr(request, "memolock_entered", False)
+        header = header_in(vars(request)) if ours else None
+        if request is None or header is None:
             with grounded():
                 return run(*args, **kwargs)
         request.memolock_entered = True
