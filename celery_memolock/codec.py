@@ -167,7 +167,7 @@ class Codec:
         compression = "-"
         if self._compression is not None and len(body) >= self._compress_over:
             if self._compression == _ZSTD:
-                body, compression = _zstandard().ZstdCompressor().compress(body), _ZSTD
+                body, compression = _zstd().compress(body), _ZSTD
             else:
                 body, compression = compress(body, self._compression)
         return Packed(f"{content_type}{self._mark} {encoding or '-'} {compression} ={quote(etag, safe='')}", body)
@@ -233,7 +233,7 @@ def check_formats(options: Options) -> None:
         known = ", ".join(sorted(_COMPRESSIONS))
         raise OptionError(f"memolock option compression={options.compression!r} is unknown; known: {known}, or None")
     if options.compression is not None and _COMPRESSIONS[options.compression] == _ZSTD:
-        _zstandard()
+        _zstd()
 
 
 def _content_types(names: tuple[str, ...]) -> frozenset[str]:
@@ -255,32 +255,25 @@ _COMPRESSIONS = {
     "zstandard": _ZSTD,
 }
 _UNPACKERS: dict[str, Callable[[], Any]] = {
-    _ZSTD: lambda: _Unzstd(),
+    _ZSTD: lambda: _zstd().ZstdDecompressor(),
     _GZIP: zlib.decompressobj,
     _BZIP2: bz2.BZ2Decompressor,
     _LZMA: lzma.LZMADecompressor,
 }
 
 
-def _zstandard() -> Any:
+#: A module of the standard library from Python 3.14 on, and before that its backport.
+_ZSTD_MODULE = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+
+
+def _zstd() -> Any:
     try:
-        return importlib.import_module("zstandard")
+        return importlib.import_module(_ZSTD_MODULE)
     except ImportError:
-        raise OptionError("memolock option compression='zstd': pip install 'celery-memolock[zstd]'") from None
-
-
-class _Unzstd:
-    """Unpacks zstd as the others are unpacked: no more than was asked for."""
-
-    def __init__(self) -> None:
-        self.eof = False
-
-    def decompress(self, data: bytes, most: int) -> bytes:
-        unpacked: bytes = _zstandard().ZstdDecompressor().stream_reader(data).read(most)
-        if len(unpacked) < most:
-            # A reader ends without a word where data are cut short; a frame knows its size.
-            self.eof = _zstandard().frame_content_size(data) == len(unpacked)
-        return unpacked
+        cure = "pip install 'celery-memolock[zstd]'"
+        if sys.version_info >= (3, 14):
+            cure = "this Python was built without its module compression.zstd"
+        raise OptionError(f"memolock option compression='zstd': {cure}") from None
 
 
 def _decompress(data: bytes, compression: str, most: int, task: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -11,10 +12,9 @@ from typing import Any
 import attrs
 import pydantic
 import pytest
-import zstandard
 
 from celery_memolock import DecodeError, EncodeError, OptionError, ValueTooLarge
-from celery_memolock.codec import Codec, Entry, Packed
+from celery_memolock.codec import _ZSTD_MODULE, Codec, Entry, Packed
 from celery_memolock.options import Options
 from celery_memolock.shape import Shape
 
@@ -143,12 +143,12 @@ def test_types_that_are_none() -> None:
     assert Shape.of("f", points).value([]) == []
 
 
-@pytest.mark.parametrize("missing", ["pydantic", "zstandard"])
+@pytest.mark.parametrize("missing", ["pydantic", _ZSTD_MODULE])
 def test_missing_package(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An option whose package is missing names the extra."""
+    """An option whose package is missing names the extra, or what Python lacks."""
     monkeypatch.setitem(sys.modules, missing, None)
-    uses = {"pydantic": lambda: Shape("f", Point), "zstandard": lambda: Options(ttl=5, compression="zstd")}
-    with pytest.raises(OptionError, match=r"celery-memolock\[(typed|zstd)\]"):
+    uses = {"pydantic": lambda: Shape("f", Point), _ZSTD_MODULE: lambda: Options(ttl=5, compression="zstd")}
+    with pytest.raises(OptionError, match=r"celery-memolock\[(typed|zstd)\]|without its module compression.zstd"):
         uses[missing]()
 
 
@@ -177,9 +177,33 @@ def test_zstd() -> None:
         made.unpack(stored(Packed(packed.form, packed.body[:-5])))
     with pytest.raises(DecodeError):
         made.unpack(stored(Packed(packed.form, b"rubbish")))
-    bomb = Packed(packed.form, zstandard.ZstdCompressor().compress(b"0" * 50_000_000))
+    bomb = codec(compression="zstd", max_value_size=60_000_000).pack("0" * 50_000_000)
+    tracemalloc.start()
     with pytest.raises(ValueTooLarge):
-        codec(compression="zstd", max_value_size=1000).unpack(stored(bomb))
+        codec(compression="zstd", max_value_size=10_000).unpack(stored(bomb))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 5_000_000
+
+
+#: ["xxx…"], with 10,000 of them, as others write it.
+FRAMES = {
+    "Python 3.14, its backport, and zstandard": "28b52ffd601426650000285b2278225d01000c870743",
+    "a stream, which does not tell its size": "28b52ffd0058650000285b2278225d01000c870743",
+    "with a checksum": "28b52ffd641426650000285b2278225d01000c870743f27e8ff0",
+}
+
+
+@pytest.mark.parametrize("writer", FRAMES)
+def test_zstd_of_others(writer: str) -> None:
+    """What one Python, or one library, has written, another reads; what was cut anywhere is refused."""
+    made = codec(compression="zstd")
+    form = made.pack(["x" * 10_000]).form
+    frame = bytes.fromhex(FRAMES[writer])
+    assert made.unpack(stored(Packed(form, frame))) == ["x" * 10_000]
+    for cut in range(len(frame)):
+        with pytest.raises(DecodeError):
+            made.unpack(stored(Packed(form, frame[:cut])))
 
 
 def test_compress_over() -> None:
