@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import redis
 from celery import Celery
 
@@ -102,9 +103,8 @@ class Storm:
         self.workers[number] = self._start_worker(number)
 
     def _children(self) -> list[int]:
-        mains = ",".join(str(worker.pid) for worker in self.workers)
-        found = subprocess.run(["ps", "-o", "pid=", "--ppid", mains], capture_output=True, text=True)
-        return [int(pid) for pid in found.stdout.split()]
+        mains = {worker.pid for worker in self.workers}
+        return [each.pid for each in psutil.process_iter(["ppid"]) if each.info["ppid"] in mains]
 
     def _any_worker(self) -> int:
         return self.random.randrange(len(self.workers))

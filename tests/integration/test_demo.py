@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 COMMAND = [sys.executable, "-m", "celery_memolock.demo"]
 
 
@@ -16,11 +18,12 @@ def _environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "MEMOLOCK_REDIS_URL"}
 
 
-def _left(mark: str) -> list[str]:
+def _left(mark: str) -> list[psutil.Process]:
     """Return the processes that were started for the demo in a folder: their environment or command names it."""
-    found = subprocess.run(["ps", "axeww", "-o", "pid=,stat=,command="], capture_output=True, text=True, check=True)
     return [
-        line for line in found.stdout.splitlines() if mark in line and " Z" not in line[:16] and "ps axeww" not in line
+        each
+        for each in psutil.process_iter(["cmdline", "environ", "status"])
+        if each.info["status"] != psutil.STATUS_ZOMBIE and mark in f"{each.info['cmdline']} {each.info['environ']}"
     ]
 
 

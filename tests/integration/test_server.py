@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import psutil
 import pytest
 import redis
 from redis.backoff import NoBackoff
@@ -293,8 +294,10 @@ def test_dies_with_a_killed_parent(state: str) -> None:
 
 def is_alive(pid: int) -> bool:
     """Whether the process exists and is no zombie: who adopted it may be slow to bury it."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
-    return state.strip() != "" and not state.startswith("Z")
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 ENDING = """
