@@ -166,7 +166,9 @@ def sent() -> Iterator[list[str]]:
     def note(headers: dict[str, Any], **_: Any) -> None:
         ids.append(headers["id"])
 
-    signals.after_task_publish.connect(note)
+    # Not weakly: for whom a weak one died, Celery before 5.7 makes a new list of receivers, and an app that has sent a
+    # message goes on with the old list.
+    signals.after_task_publish.connect(note, weak=False)
     yield ids
     signals.after_task_publish.disconnect(note)
 
