@@ -124,8 +124,11 @@ class Database:
         # One for each thread: both drivers let the interpreter go on while a query runs.
         if not hasattr(self._local, "connection"):
             if self._postgres:
-                import psycopg
-
+                try:
+                    import psycopg
+                except ImportError:
+                    cure = "pip install 'celery-memolock[postgres]'"
+                    raise ValueError(f"a PostgreSQL database needs psycopg: {cure}") from None
                 self._local.connection = psycopg.connect(self.url, autocommit=True)
             else:
                 connection = sqlite3.connect(self.url.removeprefix("sqlite:///"), isolation_level=None, timeout=30)
