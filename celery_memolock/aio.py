@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import math
 import os
@@ -129,6 +130,8 @@ class AsyncDriver:
                 if inline:
                     return self._run_here(ticket, args, kwargs)
                 return self._send(ticket, args, kwargs, timeout)
+            case effects.Attendance((args, kwargs), timeout):
+                return _answer(self._engine.attendance(args, kwargs), timeout)
             case effects.Own(run, timeout):
                 return _end_of(run, timeout)
             case effects.Query():
@@ -222,6 +225,21 @@ class AsyncDriver:
 async def _end_of(run: asyncio.Future[Any], timeout: float | None) -> Any:
     done, _ = await asyncio.wait([run], timeout=timeout)
     return run.result() if done else None
+
+
+async def _answer(asked: Future[str] | None, timeout: float) -> str:
+    if asked is None:
+        return ""
+    loop = asyncio.get_running_loop()
+    there: asyncio.Future[None] = loop.create_future()
+
+    def tell(_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(_give_up, there)
+
+    asked.add_done_callback(tell)
+    await asyncio.wait([there], timeout=timeout)
+    return asked.result() if asked.done() else ""
 
 
 # ---- waking callers: the listener's thread rings a loop once, however many of its callers have their turn ------

@@ -11,10 +11,12 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack
 from contextvars import copy_context
-from typing import Final
+from typing import Any, Final
 
-__all__ = ["LAST", "Asides", "TooSlow", "aside", "end_asides", "log_failure", "within"]
+__all__ = ["LAST", "Asides", "TooSlow", "aside", "end_asides", "inquire", "log_failure", "within"]
 
 logger = logging.getLogger("celery_memolock")
 
@@ -27,6 +29,10 @@ _IDLE: Final = 10.0
 
 #: Seconds that the end of a process, or of a `MemoLock`, waits for what goes on beside its callers.
 LAST: Final = 5.0
+
+#: Seconds for which an answer is shared, and for which one is waited for.
+_RECENT: Final = 5.0
+_AWAITED: Final = 0.5
 
 #: Of what nobody waits for, so many of a kind are done at once, and so many may wait for that.
 _MOST_WORKING: Final = 8
@@ -88,6 +94,7 @@ class _Courier(threading.Thread):
 
 
 _lock = threading.Lock()
+_asked: weakref.WeakKeyDictionary[Any, dict[str, tuple[float, Future[str]]]] = weakref.WeakKeyDictionary()
 _idle: list[_Courier] = []
 _stuck: set[_Courier] = set()
 
@@ -121,6 +128,48 @@ def within(timeout: float, action: Callable[[], None]) -> None:
                 _stuck.add(courier)
         raise TooSlow(f"did not take a message within {timeout:g} s")
     job.result()
+
+
+def inquire(owner: Any, about: str, ask: Callable[[ExitStack], str]) -> Future[str] | None:
+    """Have another thread ask something, or share what was asked within the last seconds → the answer to wait for.
+
+    So a crowd asks once, and a silent server holds one thread.
+
+    Args:
+        owner: of what is asked about; nothing outlives it.
+        about: what that is.
+        ask: returns the answer. If it fails, that is "". It is given a stack for what takes its time to close: that is
+            done when the answer is there.
+
+    Returns:
+        None if the last one who was asked has kept silent for too long.
+    """
+    now = time.monotonic()
+    with _lock:
+        known = _asked.setdefault(owner, {})
+        asked, answer = known.get(about, (now, None))
+        if answer is not None and not answer.done():
+            return answer if now < asked + _AWAITED else None
+        if answer is not None and now < asked + _RECENT:
+            return answer
+        answer = Future()
+        known[about] = now, answer
+
+    def work() -> None:
+        try:
+            with ExitStack() as stack:
+                answer.set_result(ask(stack))
+        except Exception as error:
+            logger.debug("memolock could not learn about %s: %s", about, error)
+        finally:
+            if not answer.done():
+                answer.set_result("")
+
+    try:
+        _hand_over(_Job(work))
+    except RuntimeError:  # there is no thread to be had
+        answer.set_result("")
+    return answer
 
 
 def log_failure(error: BaseException) -> None:
@@ -207,6 +256,7 @@ def end_asides() -> None:
 def _renew() -> None:
     global _lock
     _lock = threading.Lock()
+    _asked.clear()
     _idle.clear()
     _stuck.clear()
     for each in list(_all):

@@ -25,6 +25,7 @@ __all__ = [
     "Acquire",
     "Arguments",
     "Aside",
+    "Attendance",
     "Body",
     "CachedEntry",
     "Call",
@@ -535,7 +536,7 @@ class Invalidate(Script):
 
 @dataclass(frozen=True, slots=True)
 class Leave(Script):
-    """Give up a registration → (state, seconds in it) of the flight, or None if it is over."""
+    """Give up a registration, if there is one → (state, seconds in it) of the flight, or None if it is over."""
 
     keys: Keys
     place: Place
@@ -618,6 +619,17 @@ class Dispatch:
     ticket: Ticket
     arguments: Arguments
     inline: bool
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attendance:
+    """Ask what is known of the workers that could take the message of a call, for at most so many seconds → in words.
+
+    "" if nothing is.
+    """
+
+    arguments: Arguments
     timeout: float
 
 

@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from .effects import Ticket
     from .store import Store
 
@@ -53,6 +55,12 @@ class Engine(Protocol):
     ) -> Awaitable[None]:
         """Do what `send` does, from asyncio, without blocking the loop."""
         ...
+
+    def attendance(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Future[str] | None:
+        """Find out, without waiting for it or raising, which workers could take the message of a call → in words.
+
+        None or "" if that cannot be known.
+        """
 
     def run_here(self, ticket: Ticket | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a flight in this very thread, or without a ticket the bare task.

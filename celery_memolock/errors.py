@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 __all__ = [
     "ArgumentError",
     "ConfigurationError",
@@ -51,8 +53,37 @@ class DispatchError(MemoLockError):
 class WaitTimeout(MemoLockError, TimeoutError):
     """No outcome came within `wait_timeout`; the message says in which state the flight was and for how long.
 
-    The flight itself goes on: only this caller stopped waiting.
+    The flight itself goes on: only this caller stopped waiting. All fields are in `args`, so whatever rebuilds an
+    exception keeps them.
+
+    Attributes:
+        task: the task's name.
+        key: the key's, as the message shows it.
+        state: of the flight: "PENDING", its message is on the way to the queue; "QUEUED", it waits for a worker;
+            "RUNNING". None if that is not known, as the server did not answer, or the flight had just ended.
+        seconds_in_state: for how long it had been in it; None if `state` is.
+        waited: for how many seconds the caller did.
     """
+
+    def __init__(
+        self,
+        message: str = "",
+        task: str = "",
+        key: str = "",
+        state: Literal["PENDING", "QUEUED", "RUNNING"] | None = None,
+        seconds_in_state: float | None = None,
+        waited: float = 0.0,
+    ) -> None:
+        super().__init__(message)
+        self.args = (message, task, key, state, seconds_in_state, waited)
+        self.task = task
+        self.key = key
+        self.state = state
+        self.seconds_in_state = seconds_in_state
+        self.waited = waited
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class EncodeError(MemoLockError, TypeError):

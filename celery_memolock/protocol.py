@@ -17,6 +17,7 @@ from .codec import Entry, Packed, fence_of, pack_error, unpack_error
 from .effects import (
     Acquire,
     Aside,
+    Attendance,
     Body,
     CachedEntry,
     Call,
@@ -77,7 +78,7 @@ from .errors import (
 )
 from .keys import Keys, TagKeys, pattern
 from .options import Options, Progress
-from .rooms import Broken, Place, Progressed, Rooms, Seat, Settled
+from .rooms import Broken, Place, Progressed, Rooms, Seat, Settled, Told
 
 __all__ = [
     "EARLY",
@@ -99,6 +100,9 @@ UNCLAIMED: Final = ("P", "Q")
 #: Seconds that the last look before a stale value is served on an error may take.
 LAST_LOOK: Final = 0.25
 
+#: Seconds that a caller whose time is over takes at the most to find out what it waited for.
+LAST_QUESTION: Final = 0.5
+
 #: Options with which a call neither takes what is kept in its process nor keeps it there: other calls of the task would
 #: have it refreshed at another moment.
 EARLY: Final = frozenset(("beta", "early_refresh"))
@@ -119,12 +123,14 @@ class _Wish:
 
     Attributes:
         own: what its own `on_progress` raised: an error of the caller, not of the flight.
+        quiet: whether nobody hears of a time-out, as a stale value is returned then.
     """
 
     mode: Literal["miss", "force"] = "miss"
     seen: str = ""
     since: int = 0
     own: Exception | None = None
+    quiet: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,12 +226,12 @@ def fetch(call: Call, rooms: Rooms, clock: Clock) -> Core[Any]:
     finally:
         if local is not None and ticket is not None:
             local.end(key, ticket)
-    wish = _Wish(seen=seen)
+    wish = _Wish(seen=seen, quiet=spare is not None and spare.softly)
     if spare is None:
         return Onward(_join(call, rooms, clock, wish, key, deadline - clock(), began))
     if not spare.softly and (why := rooms.resting(key, spare.entry.fence, clock())) is not None:
         yield from _revalidate(call, rooms, clock, spare.entry)  # the next who waits is not to do so in vain
-        return (yield from _spared(call, spare, clock, why.error(why.message)))
+        return (yield from _spared(call, spare, clock, why.another()))
     try:
         return (yield from _join(call, rooms, clock, wish, key, deadline - clock(), began))
     except Exception as error:
@@ -238,7 +244,7 @@ def fetch(call: Call, rooms: Rooms, clock: Clock) -> Core[Any]:
             return (yield from _spared(call, found, clock))
         if isinstance(error, WaitTimeout | DispatchError):
             pause = options.error_ttl_of(error)
-            rooms.rest(key, spare.entry.fence, clock() + pause, Broken(type(error), str(error)))
+            rooms.rest(key, spare.entry.fence, clock() + pause, Broken.by(error))
         return (yield from _spared(call, found, clock, error))
 
 
@@ -261,11 +267,12 @@ def _join(
     seat: Seat = yield TakeSeat()
     joined = clock()  # of several calls whose caller computes one after the other, each has its time for itself
     deadline = joined + patience
+    waits_since = joined - (call.options.wait_timeout - patience)  # what went before was waiting, too
     yield Listen(max(0.0, patience))
     seat.follows = call.options.on_progress is not None
     rooms.enter(lobby, seat, wish.mode, began)
     place: Place | None = None
-    flight: tuple[str, float] | None = None
+    told = Told()
     trouble: StoreUnavailable | None = None
     own: Returned | Raised | GoesOn | None = None
     try:
@@ -290,7 +297,7 @@ def _join(
                 rooms.enter(lobby, seat, wish.mode)  # that run began before this call, and the next is on its way
                 continue
             if isinstance(turn, Broken):
-                raise turn.error(turn.message)
+                raise turn.another()
             if isinstance(turn, Progressed):
                 rooms.heard(seat, turn)
                 if call.options.on_progress is not None:
@@ -301,6 +308,9 @@ def _join(
                         raise
                 continue
             if turn is None or clock() >= deadline:
+                ended = clock()
+                if not wish.quiet:
+                    told = yield from _last_word(call, rooms, seat, clock)
                 break
             looked = yield from _look(call, rooms, seat, wish, deadline, clock)
             trouble = looked.trouble
@@ -315,10 +325,32 @@ def _join(
         place = rooms.leave(seat)
         if place is not None:
             try:
-                flight = yield Leave(call.keys, place)
+                yield Leave(call.keys, place)
             except StoreUnavailable:
                 pass  # the registration goes with its flight, at the latest with the flight's lease
-    raise WaitTimeout(_too_late(call, clock() - joined, flight)) from trouble
+    raise _too_late(call, ended - waits_since, ended, told) from trouble
+
+
+def _last_word(call: Call, rooms: Rooms, seat: Seat, clock: Clock) -> Core[Told]:
+    """Leave, and find out what this caller, and all whose time is over at the same moment, have waited for."""
+    until = clock() + LAST_QUESTION
+    question, place = rooms.part(seat)
+    if place is None:
+        yield Wait(seat, LAST_QUESTION)
+        return question.told
+    try:
+        flight = yield Leave(call.keys, place)
+        if flight is not None:
+            state, seconds = flight
+            question.told = Told(state, clock() - seconds)
+            if state == "Q":
+                workers = yield Attendance(call.arguments, max(0.0, until - clock()))
+                question.told = replace(question.told, workers=workers)
+    except StoreUnavailable:
+        pass  # a registration goes with its flight, at the latest with the flight's lease
+    finally:
+        rooms.answered(question)
+    return question.told
 
 
 def _answer(call: Call, own: Returned | Raised) -> Any:
@@ -563,7 +595,7 @@ def _look(call: Call, rooms: Rooms, seat: Seat, wish: _Wish, deadline: float, cl
             rooms.interrupted(look)  # the others may have more time
             yield Aside(_withdraw(call, acquire))
             return _Looked(error)
-        rooms.broken(look, StoreUnavailable, str(error))
+        rooms.broken(look, error)
         return _Looked()
     except BaseException:
         rooms.interrupted(look)
@@ -672,16 +704,22 @@ def _value_of(call: Call, entry: Entry) -> Any:
     return call.codec.unpack(entry)
 
 
-def _too_late(call: Call, waited: float, flight: tuple[str, float] | None) -> str:
-    text = f"no value of task {call.task!r}, key {call.keys.tag!r}, within {waited:.1f} s"
-    if flight is None:
-        return text
-    state, seconds = flight
-    return text + {
-        "P": f": its flight has been PENDING for {seconds:.1f} s (its message is on the way to the broker)",
-        "Q": f": its flight has been QUEUED for {seconds:.1f} s (no worker took it; does one consume its queue?)",
-        "R": f": its flight has been RUNNING for {seconds:.1f} s (the task takes longer than wait_timeout)",
-    }.get(state, "")
+_STATES: Final[dict[str, tuple[Literal["PENDING", "QUEUED", "RUNNING"], str]]] = {
+    "P": ("PENDING", "its message is on the way to the queue"),
+    "Q": ("QUEUED", "it waits for a worker"),
+    "R": ("RUNNING", "the task takes longer than wait_timeout"),
+}
+
+
+def _too_late(call: Call, waited: float, ended: float, told: Told) -> WaitTimeout:
+    task, key = call.task, call.keys.tag
+    text = f"no value of task {task!r}, key {key!r}, within {waited:.1f} s"
+    if told.state not in _STATES:
+        return WaitTimeout(text, task, key, waited=waited)
+    state, hint = _STATES[told.state]
+    seconds = max(0.0, ended - told.since)
+    text += f": its flight has been {state} for {seconds:.1f} s ({told.workers or hint})"
+    return WaitTimeout(text, task, key, state, seconds, waited)
 
 
 def _crashed(call: Call) -> Packed:

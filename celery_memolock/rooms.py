@@ -8,6 +8,9 @@ know of. So at most one look of a lobby is under way and one is due.
 A look that says "wait" moves the callers it counted for into the *room* of that flight. There they sleep until the
 listener rings: a notice came, a timer passed, or the link was lost. Then one of them looks again, for all. Whoever
 leaves while it is its turn passes the turn on.
+
+Whoever leaves as its time is over wants to say what it waited for. The first asks the server, and those who leave in
+that moment, or in the next, share its answer.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from .codec import Entry
 
-__all__ = ["Broken", "Look", "Place", "Progressed", "Rooms", "Seat", "Settled", "Turn", "Woken"]
+__all__ = ["Broken", "Look", "Place", "Progressed", "Question", "Rooms", "Seat", "Settled", "Told", "Turn", "Woken"]
 
 _MOST_EARLY_NOTICES = 1024
 _MODES = ("miss", "force")
@@ -29,6 +33,9 @@ _MODES = ("miss", "force")
 #: or has stopped, and from one that does not end. A look is one script.
 _LONGEST_TURN = 1.0
 _LONGEST_LOOK = 10.0
+
+#: Seconds for which what was asked about a flight counts for others whose time is over.
+_SAME_MOMENT = 0.25
 
 #: Seconds for which a process asks for one refresh of a key.
 _REFRESH_PAUSE = 1.0
@@ -62,10 +69,19 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """The look failed. Each caller raises an error of its own from it."""
+    """The look failed. Each caller raises an error of its own from it: they would share its traceback."""
 
     error: type[Exception]
-    message: str
+    args: tuple[Any, ...]
+
+    @classmethod
+    def by(cls, error: Exception) -> Broken:
+        """Note an error."""
+        return cls(type(error), error.args)
+
+    def another(self) -> Exception:
+        """Return a new error like that one."""
+        return self.error(*self.args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +91,22 @@ class Progressed:
     raw: bytes
 
 
-Woken = Turn | Settled | Broken | Progressed
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a caller whose time is over hears of its flight.
+
+    Attributes:
+        state: as `Waiting` has it; "" if it is not known.
+        since: when that began, by this process's clock.
+        workers: what is known of those who could run it, in words.
+    """
+
+    state: str = ""
+    since: float = 0.0
+    workers: str = ""
+
+
+Woken = Turn | Settled | Broken | Progressed | Told
 
 
 class Seat:
@@ -109,11 +140,15 @@ class _Room:
 
     Attributes:
         look: that which its looker has under way.
+        question: that of those who left last as their time was over.
         mode: of the looks. An answer to those who want a newer value is none to those who want any.
         passes: when the turn to look goes to another caller, if its looker neither begins nor ends.
     """
 
-    __slots__ = ("due", "fence", "interval", "key", "look", "looker", "mode", "passes", "rung", "seats", "sequence")
+    __slots__ = (
+        *("due", "fence", "interval", "key", "look", "looker", "mode", "passes"),
+        *("question", "rung", "seats", "sequence"),
+    )
 
     def __init__(self, key: str, fence: str, mode: str) -> None:
         self.key = key
@@ -123,6 +158,7 @@ class _Room:
         self.seats: dict[Seat, None] = {}  # in order of arrival, but for those who held the turn for too long
         self.looker: Seat | None = None
         self.look: Look | None = None
+        self.question: Question | None = None
         self.sequence = 0
         self.rung = False
         self.due: float | None = None
@@ -155,10 +191,28 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A registration at the server that nobody in this process needs any more."""
+    """A registration at the server that nobody in this process needs any more, or with sequence 0 none."""
 
     fence: str
     sequence: int
+
+
+class Question:
+    """What becomes of a flight: asked by one whose time is over, for all to whom that happens at the same moment.
+
+    Attributes:
+        told: what is known by now.
+        asked: when.
+        answered: whether that is all.
+    """
+
+    __slots__ = ("answered", "asked", "seats", "told")
+
+    def __init__(self, asked: float) -> None:
+        self.told = Told()
+        self.asked = asked
+        self.answered = False
+        self.seats: list[Seat] = []
 
 
 class Rooms:
@@ -264,10 +318,10 @@ class Rooms:
             self._finish(look.counts_for, Settled(raw))
             self._end(look)
 
-    def broken(self, look: Look, error: type[Exception], message: str) -> None:
+    def broken(self, look: Look, error: Exception) -> None:
         """The look failed for all whom it counted for."""
         with self._lock:
-            self._finish(look.counts_for, Broken(error, message))
+            self._finish(look.counts_for, Broken.by(error))
             self._end(look)
 
     def interrupted(self, look: Look) -> None:
@@ -334,24 +388,37 @@ class Rooms:
     def leave(self, seat: Seat) -> Place | None:
         """Unseat a caller. Returns the registration to give up, if it was the last that needed it."""
         with self._lock:
-            room = seat.room
-            if room is None:
-                return None
-            seat.room = None
-            del room.seats[seat]
-            looked = room.looker is seat
-            if looked:
-                room.looker = None
-                room.rung = True
-            self._next(room)
-            if room.seats or not room.sequence:
-                return None
-            for other in self._flights.values():
-                same = other.fence == room.fence if room.fence else other.entry == room.entry
-                if same and other is not room:  # the registration is for both
-                    other.sequence = max(other.sequence, room.sequence)
-                    return None
-            return Place(room.fence, room.sequence)
+            return None if seat.room is None else self._leave(seat, seat.room)
+
+    def part(self, seat: Seat) -> tuple[Question, Place | None]:
+        """Unseat a caller whose time is over → its question, and if it is the one to ask that what it gives up by that.
+
+        All others have their turn when it is answered.
+        """
+        with self._lock:
+            room, now = seat.room, self._clock()
+            if room is None:  # its turn has just become an outcome
+                return Question(now), None
+            place = self._leave(seat, room)
+            seat.turn = None
+            question = room.question
+            if place is not None or question is None or now >= question.asked + _SAME_MOMENT:
+                room.question = Question(now)
+                return room.question, place or Place(room.fence, 0)
+            if question.answered:
+                seat.turn = question.told
+            else:
+                question.seats.append(seat)
+            return question, None
+
+    def answered(self, question: Question) -> None:
+        """Who asked knows all that it can know."""
+        with self._lock:
+            question.answered = True
+            for seat in question.seats:
+                seat.turn = question.told
+                seat.wake()
+            question.seats.clear()
 
     def notice(self, fence: str, raw: bytes) -> None:
         """A notice came for a flight, with its outcome or (empty) to say: look again."""
@@ -417,6 +484,22 @@ class Rooms:
             return soonest
 
     # The lock is held in all that follow.
+
+    def _leave(self, seat: Seat, room: _Room) -> Place | None:
+        seat.room = None
+        del room.seats[seat]
+        if room.looker is seat:
+            room.looker = None
+            room.rung = True
+        self._next(room)
+        if room.seats or not room.sequence:
+            return None
+        for other in self._flights.values():
+            same = other.fence == room.fence if room.fence else other.entry == room.entry
+            if same and other is not room:  # the registration is for both
+                other.sequence = max(other.sequence, room.sequence)
+                return None
+        return Place(room.fence, room.sequence)
 
     def _of(self, fence: str) -> list[_Room]:
         rooms = (self._flights.get((fence, mode)) for mode in _MODES)

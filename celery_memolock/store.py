@@ -283,7 +283,7 @@ class Store:
         self._inbox.close(wait)
         if wait:
             why = f"the connections to Redis at {self.address} were closed while the call waited"
-            self._inbox.rooms.close(Broken(StoreUnavailable, why))
+            self._inbox.rooms.close(Broken(StoreUnavailable, (why,)))
         self._heart.close(wait)
         self._connections.close()
         for loop, pipe in list(self._pipes.items()):

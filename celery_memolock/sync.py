@@ -6,6 +6,8 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future
 from typing import Any
 
 from . import effects
@@ -55,6 +57,8 @@ class Driver:
                 if inline:
                     return self._engine.run_here(ticket, args, kwargs)
                 return self._engine.send(ticket, args, kwargs, timeout)
+            case effects.Attendance((args, kwargs), timeout):
+                return _answer(self._engine.attendance(args, kwargs), timeout)
             case effects.Query():
                 return self._engine.store.ask(effect)
             case effects.Aside(core):
@@ -103,6 +107,10 @@ def drive_aside(engine: Engine, core: Core[Any]) -> None:
             within(LAST, work)
     else:
         aside.do(work)
+
+
+def _answer(asked: Future[str] | None, timeout: float) -> str:
+    return asked.result() if asked is not None and futures.wait([asked], timeout).done else ""
 
 
 def _new_bell() -> Any:

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from datetime import datetime, timezone
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from ..errors import ArgumentError, DispatchError, FlightFailed, MemoLockError, 
 from ..flight import Flight, grounded
 from ..store import Store
 from ..work import Outcome, Work, as_wanted, holder_of, read_ticket, unsendable, write_ticket
+from .celery_queues import attendance
 from .celery_settings import store_of
 
 __all__ = ["HEADER", "REFRESHING", "CeleryEngine", "FlightMessage", "header_in", "ticket_in", "with_flights"]
@@ -100,6 +102,10 @@ class CeleryEngine(InThreads):
             raise DispatchError(
                 f"the message of task {task.name!r} could not be sent to {self._broker()}: {error}"
             ) from error
+
+    def attendance(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Future[str] | None:
+        """Ask the broker, or the workers themselves; see `Engine.attendance`."""
+        return attendance(self._task, args, kwargs)
 
     def run_here(self, ticket: Ticket | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a flight, or without a ticket the bare task, in this thread; see `Engine.run_here`."""

@@ -193,6 +193,9 @@ class _Engine(InlineRuns):
         """Nothing is sent anywhere."""
         return False
 
+    def attendance(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """There are no workers."""
+
     def send(self, ticket: Ticket, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: float) -> None:
         """Run a flight in another thread of this process."""
         flight = _Beside(self, ticket, args, kwargs)

@@ -8,18 +8,20 @@ import logging
 import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future
 from dataclasses import fields
 from datetime import timedelta
 from typing import Any, Final, Protocol, TypeVar, cast, overload
 
 import redis
 import rq
+from rq import worker_registration
 from rq.job import Job
-from rq.utils import import_attribute
+from rq.utils import as_text, import_attribute
 from typing_extensions import ParamSpec
 
 from ..aio import InThreads
-from ..bounded import TooSlow, end_asides, within
+from ..bounded import TooSlow, end_asides, inquire, within
 from ..codec import Codec, pack_error
 from ..effects import Defer, Disown, Finished, GoesOn, Raised, Ticket
 from ..errors import (
@@ -208,6 +210,11 @@ class _RqEngine(InlineRuns, InThreads):
         except Exception as error:
             raise self._unsendable(args, kwargs, error) from error
 
+    def attendance(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Future[str] | None:
+        """Read in RQ's registry; see `Engine.attendance`."""
+        queue = self._where.queue
+        return inquire(queue.connection.connection_pool, queue.name, lambda _: _attendance(queue))
+
     def _unsendable(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> MemoLockError:
         serializer: Any = self._where.queue.serializer
         found = unsendable(
@@ -217,6 +224,18 @@ class _RqEngine(InlineRuns, InThreads):
             lambda value: serializer.dumps(value),
         )
         return found or DispatchError(f"RQ did not take the job of {self._path}: {error}")
+
+
+def _attendance(queue: rq.Queue) -> str:
+    keys = worker_registration.get_keys(queue)
+    with queue.connection.pipeline(transaction=False) as pipeline:
+        for key in keys:
+            pipeline.hget(key, "state")
+        states = [as_text(state) for state in pipeline.execute() if state is not None]  # else it is gone
+    if not states:
+        return f"no worker is registered for queue {queue.name!r}: is one running?"
+    busy = states.count("busy")
+    return f"workers registered for queue {queue.name!r}: {len(states)}, of them busy: {busy}"
 
 
 # ---- a flight's job in a worker --------------------------------------------------------------------------------

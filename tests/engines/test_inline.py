@@ -43,6 +43,7 @@ from celery_memolock import (
 from celery_memolock.external import settle
 from celery_memolock.server import Server
 from celery_memolock.testing import Link
+from tests.conftest import commands_run
 from tests.workers.conftest import ROOT, in_background, until
 
 COMMON: dict[str, Any] = {"ttl": 60, "lease": 1.0, "poll_interval": 0.5}
@@ -202,6 +203,36 @@ def test_wait_timeout_of_a_call(memo: MemoLock) -> None:
         memo.get("k", fetch, wait_timeout=0.1)
     fetch.gate.set()
     assert runner.result(20) == "value"
+
+
+def test_time_out_of_a_crowd(memo: MemoLock) -> None:
+    """Each of those who time out at once hears what it waited for, and few of them ask: threads, a loop, a batch."""
+    fetch, client = Fetch(gated=True), memo.client("crowd", lease=60, poll_interval=60, max_poll_interval=60)
+    runner = in_background(client.get, "k", fetch)
+    fetch.began.wait(20)
+    server = memo._server.store._client
+    before = commands_run(server, "evalsha")
+
+    async def ask() -> list[Any]:
+        single = [client.aget("k", fetch, wait_timeout=2) for _ in range(500)]
+        batch = client.aget_many(["k"] * 20, fetch, wait_timeout=2, return_exceptions=True)
+        *errors, of_batch = await asyncio.gather(*single, batch, return_exceptions=True)
+        return [*errors, *of_batch]
+
+    in_loop = in_background(asyncio.run, ask())
+    heard: list[Any] = []
+    for each in [in_background(client.get, "k", fetch, wait_timeout=2) for _ in range(20)]:
+        with pytest.raises(WaitTimeout) as caught:
+            each.result(20)
+        heard.append(caught.value)
+    heard += in_loop.result(20)
+    asked = commands_run(server, "evalsha") - before
+    fetch.gate.set()
+    assert runner.result(20) == "value"
+    assert len(heard) == 540
+    assert {(type(error), error.state, error.key) for error in heard} == {(WaitTimeout, "RUNNING", "crowd:1:k")}
+    assert all(f"RUNNING for {error.seconds_in_state:.1f} s" in str(error) for error in heard)
+    assert asked < 100  # looks and questions
 
 
 def test_options_that_cannot_be_hashed(memo: MemoLock) -> None:

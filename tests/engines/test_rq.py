@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -271,8 +272,24 @@ def test_json_messages(jobs: Any, start: Start, key: str, server: Server, prefix
 
 def test_no_worker(jobs: Any, key: str) -> None:
     """Without a worker the time-out says that the job is queued."""
-    with pytest.raises(WaitTimeout, match=r"QUEUED for 0\.\d s"):
+    with pytest.raises(WaitTimeout, match=r"QUEUED for 0\.\d s \(no worker is registered for queue"):
         jobs.stock.with_options(wait_timeout=0.5).get_cached(key)
+
+
+def test_busy_worker(jobs: Any, start: Start, key: str) -> None:
+    """Where the only worker is busy the time-out says so, to threads and to asyncio."""
+    start("--worker-class", "rq.SimpleWorker")
+    runner = in_background(jobs.gated.get_cached, key)
+    rq_jobs.await_start(jobs, key)
+    impatient = jobs.stock.with_options(wait_timeout=0.5)
+    for ask in (impatient.get_cached, lambda key: asyncio.run(impatient.aget_cached(key))):
+        with pytest.raises(
+            WaitTimeout, match=r"QUEUED for .*workers registered for queue .*: 1, of them busy: 1"
+        ) as caught:
+            ask(key)
+        assert caught.value.state == "QUEUED"
+    rq_jobs.open_gate(jobs, key)
+    assert runner.result(30) == key
 
 
 def test_refresh_and_ttl_of_the_job(jobs: Any, start: Start, key: str) -> None:

@@ -24,6 +24,7 @@ from celery_memolock.codec import Codec, Entry, pack_error, unpack_error
 from celery_memolock.effects import (
     Acquire,
     Aside,
+    Attendance,
     Body,
     CachedEntry,
     Call,
@@ -247,12 +248,25 @@ def test_unreadable_entry_is_a_miss() -> None:
 def test_time_out(state: str, text: str) -> None:
     """A time-out says in which state the flight was, for how long, and gives up the registration."""
     server = Server(Acquire=Waiting("17-abc", 50.0, state, 0.0), Leave=(state, 2.0), ring=False)
-    with pytest.raises(WaitTimeout, match=text):
+    with pytest.raises(WaitTimeout, match=text) as caught:
         ask(server, wait_timeout=3)
+    assert (caught.value.task, caught.value.key) == ("shop.f", KEYS.tag)
+    assert caught.value.state == text.split()[0]
+    assert (caught.value.seconds_in_state, caught.value.waited) == (2.0, 3.0)
+    assert (Attendance in server.kinds()) is (state == "Q")
     assert server.now == 3.0
     (left,) = [effect for effect in server.asked if isinstance(effect, Leave)]
     assert left.place.fence == "17-abc"
     assert len(server.rooms) == 0
+
+
+def test_time_out_that_nobody_hears_of() -> None:
+    """After `soft_timeout` the stale value is returned at once: nothing is asked but to give up the registration."""
+    server = Server(Get=stale("old"), ServerTime=NOW, Acquire=Waiting("17-abc", 50.0, "Q", 0.0), ring=False)
+    assert ask(server, stale_ttl=60.0, soft_timeout=1.0) == "old"
+    (left,) = [effect for effect in server.asked if isinstance(effect, Leave)]
+    assert left.place.sequence > 0
+    assert Attendance not in server.kinds()
 
 
 def test_interrupts_leave_nothing() -> None:
@@ -383,13 +397,16 @@ def test_newer_value_than_the_spare_one() -> None:
 @pytest.mark.parametrize("pause", [{}, {"error_ttl": 8.0}])
 def test_nobody_answers_and_there_is_a_stale_value(pause: dict[str, float]) -> None:
     """One call finds out. For a moment the next take the stale value at once, and the refresh is asked for beside."""
-    server = Server(Get=stale("old"), ServerTime=NOW, Acquire=Waiting("17-abc", 50.0, "Q", 0.0), ring=False)
+    waiting = Waiting("17-abc", 50.0, "Q", 0.0)
+    server = Server(Get=stale("old"), ServerTime=NOW, Acquire=waiting, Leave=("Q", 5.0), ring=False)
     for moment, waits in ((0.0, True), (0.0, False), (0.9, False), (8.0, True)):
         server.now += moment
         server.asked.clear()
         began = server.now
         found = entry_of(server, **SPARING, **pause)
-        assert (found.value, found.state, type(found.error)) == ("old", "error", WaitTimeout)
+        assert (found.value, found.state) == ("old", "error")
+        assert isinstance(found.error, WaitTimeout)
+        assert (found.error.state, round(found.error.waited, 6)) == ("QUEUED", 5.0)
         assert round(server.now - began, 6) == (5.0 if waits else 0.0)
         assert (Aside in server.kinds()) is (moment == 0.0 and not waits)
     server.answers["Get"] = stale("another", "10-bbb")

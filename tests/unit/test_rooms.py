@@ -8,7 +8,7 @@ import random
 import pytest
 
 from celery_memolock.errors import StoreUnavailable
-from celery_memolock.rooms import Broken, Look, Place, Progressed, Rooms, Seat, Settled, Turn
+from celery_memolock.rooms import Broken, Look, Place, Progressed, Rooms, Seat, Settled, Told, Turn
 
 POLLS = (1.0, 5.0)
 
@@ -94,7 +94,7 @@ def test_closed() -> None:
     seats = waiting(made, callers=2)
     looker, late = enter(made, "other"), enter(made, "other")
     look = made.begin_look(looker)
-    why = Broken(StoreUnavailable, "closed")
+    why = Broken(StoreUnavailable, ("closed",))
     made.close(why)
     assert [each.turn for each in (*seats, looker, late)] == [why] * 4
     made.wait(look, "f2", 100.0, 0.0, POLLS)
@@ -127,7 +127,7 @@ def test_one_refresh_of_a_value() -> None:
 def test_rest_of_a_value() -> None:
     """For a while nobody waits for the successor of one value; other values are not concerned."""
     made = rooms()
-    why = Broken(StoreUnavailable, "nobody answered")
+    why = Broken(StoreUnavailable, ("nobody answered",))
     made.rest("k", "1", 5.0, why)
     assert [made.resting("k", "1", now) for now in (0.0, 4.9)] == [why, why]
     assert made.resting("another", "1", 0.0) is None
@@ -135,6 +135,43 @@ def test_rest_of_a_value() -> None:
     made.rest("k", "1", 9.0, why)
     assert made.resting("k", "2", 6.0) is None
     assert made.resting("k", "1", 6.0) is None
+
+
+def test_one_question_of_those_whose_time_is_over() -> None:
+    """Of those who leave at one moment the first asks, and gives up nothing that others need; the last gives up all."""
+    now = [5.0]
+    made = Rooms(lambda: 1.0, lambda _: None, lambda: now[0])
+    first, second, third, fourth, stays, last = waiting(made, callers=6)
+    question, place = made.part(first)
+    assert place == Place("f1", 0)
+    assert made.part(second) == (question, None)
+    question.told = Told("Q", 3.0)
+    assert second.turn is None  # more is to come
+    made.answered(question)
+    assert second.turn == Told("Q", 3.0)
+    now[0] += 0.24
+    assert made.part(third) == (question, None)
+    assert third.turn == Told("Q", 3.0)
+    now[0] += 0.02
+    assert made.part(fourth)[1] == Place("f1", 0)
+    assert made.leave(last) is None
+    assert made.part(stays)[1] == Place("f1", 1)
+    assert len(made) == 0
+
+
+def test_time_is_over_as_the_outcome_comes() -> None:
+    """Whose turn is an outcome has nothing to ask; whose turn was to look passes it on."""
+    made = rooms()
+    first, second = waiting(made, callers=2)
+    made.notice("f1", b"v")
+    assert made.part(first)[1] is None
+    assert first.turn == Settled(b"v")
+    looks, next_one = waiting(made, "f2", callers=2)
+    made.tick(10.0)
+    assert looks.turn is Turn.LOOK
+    assert made.part(looks)[1] == Place("f2", 0)
+    assert (looks.turn, next_one.turn) == (None, Turn.LOOK)
+    assert second.turn == Settled(b"v")
 
 
 def test_newcomer_asks_for_itself() -> None:
@@ -238,8 +275,8 @@ def test_broken_look() -> None:
     first, second = enter(made), enter(made)
     look = made.begin_look(first)
     late = enter(made)
-    made.broken(look, StoreUnavailable, "down")
-    assert first.turn == second.turn == Broken(StoreUnavailable, "down")
+    made.broken(look, StoreUnavailable("down"))
+    assert first.turn == second.turn == Broken(StoreUnavailable, ("down",))
     assert late.turn is Turn.LOOK
 
 
@@ -407,7 +444,7 @@ def _walk(rng: random.Random) -> None:
             if kind == 0:
                 made.settled(look, b"v")
             elif kind == 1:
-                made.broken(look, StoreUnavailable, "down")
+                made.broken(look, StoreUnavailable("down"))
             else:
                 made.wait(look, rng.choice(fences), rng.random() * 2, now, POLLS)
         for each in list(present):

@@ -48,6 +48,7 @@ class Server:
         self.asked: list[Any] = []
         self.stored = stored
         self.looks = looks
+        self.left: tuple[str, float] | None = None
         self.others = others
 
     def __call__(self, effect: Any) -> Any:
@@ -71,7 +72,7 @@ class Server:
 
     def reply(self, script: Any) -> Any:
         if isinstance(script, Leave | Settle):
-            return None
+            return self.left if isinstance(script, Leave) else None
         answers = self.looks.get(script.keys.tag, [True])
         return answers.pop(0) if len(answers) > 1 else answers[0]
 
@@ -118,6 +119,20 @@ def test_time_outs() -> None:
     assert [type(each) for each in found] == [WaitTimeout, WaitTimeout]
     left = [script for effect in server.asked if isinstance(effect, RunAll) for script in effect.scripts]
     assert sum(isinstance(script, Leave) for script in left) == 2
+    assert len(server.rooms) == 0
+
+
+@pytest.mark.parametrize("state", ["Q", "R", ""])
+def test_time_outs_of_one_key(state: str) -> None:
+    """All are told what the first has asked; the last, which gives up the registration, asks as well."""
+    server = Server({}, {"b": [Waiting("1-b", 50.0, "Q", 0.0)]}, Attendance="2 workers are busy")
+    server.left = (state, 0.5) if state else None
+    found = server.ask("b", "b", "b", "b")
+    scripts = [script for effect in server.asked if isinstance(effect, RunAll) for script in effect.scripts]
+    assert [script.place.sequence > 0 for script in scripts if isinstance(script, Leave)] == [False, True]
+    expected = {"Q": "QUEUED", "R": "RUNNING", "": None}[state]
+    assert [each.state for each in found] == [expected] * 4
+    assert ["2 workers are busy" in str(each) for each in found] == [state == "Q"] * 4
     assert len(server.rooms) == 0
 
 

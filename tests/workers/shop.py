@@ -277,8 +277,8 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
         ran(key)
         version = int(records.get(f"source:{key}") or 0)  # type: ignore[arg-type]
         records.rpush(f"started:{key}", os.getpid())
-        if then == "retry" and not self.request.retries:
-            self.retry(countdown=1)
+        if then.startswith("retry") and not self.request.retries:
+            self.retry(countdown=5 if then == "retry late" else 1)
         if then == "gate":
             records.blpop([f"gate:{key}"], 55)
         return version

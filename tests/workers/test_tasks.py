@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +12,9 @@ from celery import chain, group
 
 from celery_memolock import MISS, FlightFailed, ReentrantFlight, WaitTimeout, memolocked_task
 from celery_memolock.server import Server
-from tests.workers.conftest import in_a_process, until
-from tests.workers.shop import Shop, Sold
+from celery_memolock.testing import Link
+from tests.workers.conftest import in_a_process, in_background, until
+from tests.workers.shop import Shop, Sold, make
 
 AnyShop = tuple[Shop, str, str]
 
@@ -133,13 +136,68 @@ def test_time_out_while_running(any_shop: AnyShop, key: str) -> None:
     assert made.gated.get_cached(key) == "late"
 
 
-def test_time_out_in_the_queue(server: Server, prefix: str, key: str) -> None:
-    """Without a worker the time-out says that the message is QUEUED."""
-    from tests.workers.shop import make
+def timed_out(get_cached: Callable[..., Any], *args: Any, about: str) -> None:
+    """Ask until a time-out says something about the workers, which a slow one may have told too late."""
 
-    made = make(server.url, server.url, prefix)
-    with pytest.raises(WaitTimeout, match=r"QUEUED for 0\.\d s .*no worker took it"):
-        made.stock.with_options(wait_timeout=0.5).get_cached(key)
+    def text() -> str:
+        with pytest.raises(WaitTimeout, match="QUEUED for") as caught:
+            get_cached(*args)
+        assert caught.value.state == "QUEUED"
+        return str(caught.value)
+
+    found = until(lambda: found if "it waits for a worker" not in (found := text()) else None)
+    assert re.search(about, found), found
+
+
+@pytest.mark.parametrize("broker", ["redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
+def test_time_out_in_the_queue(request: Any, server: Server, prefix: str, key: str, broker: str) -> None:
+    """Without a worker the time-out says that the message is QUEUED, and that nobody was found who consumes it."""
+    url = server.url if broker == "redis" else request.getfixturevalue("amqp")
+    made = make(url, server.url, prefix)
+    text = "no worker of queue '{}' answered" if broker == "redis" else "no worker consumes queue '{}'"
+    timed_out(made.stock.with_options(wait_timeout=0.5).get_cached, key, about=text.format(prefix))
+
+
+def test_time_out_while_the_workers_are_busy(any_shop: AnyShop, key: str) -> None:
+    """The time-out says that there are workers, and not that nobody took what waits for its retry.
+
+    Of a queue that none of them consumes it says so.
+    """
+    made, broker, store = any_shop
+    amqp, queue = broker.startswith("amqp"), made.app.conf.task_default_queue
+    busy = f"workers that consume queue '{queue}': 1, busy" if amqp else f"consumes queue '{queue}', and answers: busy"
+    runners = [in_background(made.gated.get_cached, f"{key} {number}") for number in range(4)]
+    for number in range(4):
+        made.await_start(f"{key} {number}")
+    timed_out(made.stock.with_options(wait_timeout=0.5).get_cached, key, about=busy)
+    for number in range(4):
+        made.open_gate(f"{key} {number}")
+    assert [runner.result(30) for runner in runners] == ["open"] * 4
+    assert made.stock.get_cached(key) == [key, "stock"]
+
+    assert made.sourced.refresh(key, "retry late")
+    until(lambda: made.ran(key) == 2)  # the first run
+    impatient = made.sourced.with_options(wait_timeout=0.2)
+    timed_out(impatient.get_cached, key, "retry late", about=f"{busy}, or a retry waits for its time")
+
+    elsewhere = make(broker, store, queue, task_routes={"shop.plain": {"queue": f"{queue}-other"}})
+    plain = replace(elsewhere, driver=made.driver).plain.with_options(wait_timeout=0.5)
+    none = f"no worker consumes queue '{queue}-other'" if amqp else "within 0.25 s, but [1-9]+ of other queues"
+    timed_out(plain.get_cached, key, about=none)
+
+
+def test_broker_silent_when_the_time_is_over(server: Server, prefix: str, key: str) -> None:
+    """A broker that does not answer any more, or is gone, keeps nobody: the time-out says what is known."""
+    for fault in (lambda link: link.deaf("replies"), lambda link: link.cut()):
+        with Link(server.url) as link:
+            made = make(link.url, server.url, prefix)
+            assert made.stock.refresh(key)
+            with fault(link):
+                waiters = [in_background(made.stock.with_options(wait_timeout=0.5).get_cached, key) for _ in range(5)]
+                for waiter in waiters:
+                    with pytest.raises(WaitTimeout, match=r"QUEUED for \d\.\d s \(it waits for a worker\)"):
+                        waiter.result(20)
+        key += " again"
 
 
 def test_nested_on_a_pool_of_one(server: Server, start_worker: Callable[..., Any], key: str) -> None:
