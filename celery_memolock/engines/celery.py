@@ -22,7 +22,8 @@ from ..keys import KeyMaker
 from ..memo import CallerMethods, Memo
 from ..options import Options
 from ..shape import Shape
-from .celery_flight import REFRESHING, CeleryEngine, FlightMessage, keep_header, until, with_flights
+from .celery_beat import REFRESHING, schedule
+from .celery_flight import CeleryEngine, FlightMessage, keep_header, until, with_flights
 from .celery_settings import defaults_of
 
 __all__ = ["MemoLockTask", "memolocked_task"]
@@ -124,9 +125,7 @@ class MemoLockTask(CallerMethods[P, R], _Task[P, R]):
         if cls.memolock is None or not cls.memolock.get("refresh_every"):
             return
         options = Options.build(cls.memolock, defaults_of(app))
-        for args in options.refresh_calls:
-            signature = app.signature(cls.name, args=args, headers=REFRESHING, ignore_result=True)
-            app.add_periodic_task(options.refresh_every, signature, name=f"memolock {cls.name}{args!r}")
+        schedule(app, str(cls.name), options)
 
     def refresher(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Return a Celery signature that does what `refresh` does, to be scheduled, delayed or put into a canvas.

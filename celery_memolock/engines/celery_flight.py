@@ -25,18 +25,13 @@ from ..errors import ArgumentError, DispatchError, FlightFailed, MemoLockError, 
 from ..flight import Flight, grounded
 from ..store import Store
 from ..work import Outcome, Work, as_wanted, holder_of, read_ticket, unsendable, write_ticket
+from .celery_beat import HEADER, is_refresh, note_run, run_refresh
 from .celery_queues import attendance
 from .celery_settings import store_of
 
-__all__ = ["HEADER", "REFRESHING", "CeleryEngine", "FlightMessage", "header_in", "ticket_in", "with_flights"]
+__all__ = ["CeleryEngine", "FlightMessage", "header_in", "ticket_in", "with_flights"]
 
 logger = logging.getLogger("celery_memolock")
-
-#: What is ours among a message's headers.
-HEADER: Final = "memolock"
-
-#: The headers of a message that does what `refresh` does.
-REFRESHING: Final[dict[str, Any]] = {HEADER: {"refresh": True}}
 
 #: Which task runs: the stubs know half of it.
 _state: Any = importlib.import_module("celery._state")
@@ -111,7 +106,7 @@ class CeleryEngine(InThreads):
         """Run a flight, or without a ticket the bare task, in this thread; see `Engine.run_here`."""
         if ticket is None:
             return self._task.apply(args, dict(kwargs)).get(disable_sync_subtasks=False)
-        self._task.apply(args, dict(kwargs), headers=self._headers(ticket), throw=False)
+        note_run(self._task.apply(args, dict(kwargs), headers=self._headers(ticket), throw=False))
         return None
 
     def _headers(self, ticket: Ticket) -> dict[str, Any]:
@@ -151,11 +146,6 @@ def ticket_in(headers: Any) -> Ticket | None:
     return None if header is None or is_refresh(header) else read_ticket(header)
 
 
-def is_refresh(header: Any) -> bool:
-    """Whether a message does what `refresh` does."""
-    return isinstance(header, Mapping) and header.get("refresh") is True
-
-
 def keep_header(request: Any) -> None:
     """Put what is ours where Celery takes a retry's headers from."""
     header = header_in(vars(request))
@@ -174,37 +164,35 @@ def with_flights(task: Any, run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def fly(*args: Any, **kwargs: Any) -> Any:
-        request = _message_of(task)
+        requests = _requests_of_message(task)
         # A plain call of this task from inside its own run comes by here too, and must not be the flight again.
-        ours = request is not None and not getattr(request, "memolock_entered", False)
-        header = header_in(vars(request)) if ours else None
-        if request is None or header is None:
+        ours = bool(requests) and not getattr(requests[-1], "memolock_entered", False)
+        header = header_in(vars(requests[-1])) if ours else None
+        if header is None:
             with grounded():
                 return run(*args, **kwargs)
-        request.memolock_entered = True
+        for request in requests:
+            request.memolock_entered = True
         if is_refresh(header):
-            return _refresh(task, args, kwargs)
+            return run_refresh(task.memo, header, args, kwargs)
         ticket = read_ticket(header)
         if ticket is None:
             raise Ignore("memolock drops a message whose ticket it cannot read")
-        message = FlightMessage(task, request, ticket, run)
-        request.memolock_flight = message
+        message = FlightMessage(task, requests[-1], ticket, run)
+        for request in requests:
+            request.memolock_flight = message
         return message.fly(args, kwargs)
 
     return fly
 
 
-def _refresh(task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    memo = task.memo.override({"nested": "inline"})  # what this message does is the run itself
-    memo.run(memo.refresh(args, kwargs))
+def _requests_of_message(task: Any) -> list[Any]:
+    """Return Celery's request of the message that a task runs for, and its copies; none in a plain call.
 
-
-def _message_of(task: Any) -> Any:
-    """Return Celery's request of the message that a task runs for; None in a plain call.
-
-    Outside of `celery worker` Celery's own `__call__`, if a class calls it, lays a request of a plain call over that.
+    Celery's own `__call__`, where a class or an eager run calls it, lays a copy over the request.
     """
-    return next((each for each in reversed(task.request_stack.stack) if not each.called_directly), None)
+    stack = task.request_stack.stack
+    return [each for each in stack if not each.called_directly and each.id == stack[-1].id]
 
 
 class FlightMessage:

@@ -29,7 +29,7 @@ LAYERS = [
     {"aio"},
     {"flight", "memo"},
     {"work"},
-    {"engines.celery_queues", "engines.celery_settings", "engines.inline"},
+    {"engines.celery_beat", "engines.celery_queues", "engines.celery_settings", "engines.inline"},
     {"engines.celery_flight"},
     {"engines.celery_worker", "engines.rq"},
     {"engines.celery"},
