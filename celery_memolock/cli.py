@@ -6,17 +6,22 @@ import json
 import signal
 from typing import Any, Final
 
+import celery
 import click
+import redis
 from celery.bin.base import CLIContext
 
 from . import external
 from .effects import MISS
 from .engines.celery import MemoLockTask, is_fallback
+from .engines.celery_settings import client_for
 from .errors import MemoLockError
 from .server import PortTaken, Server
 from .store import client_of
 
 __all__ = ["main", "memolock"]
+
+_LOCAL = "redis://localhost:6379/0"
 
 
 #: What ends a server that runs in the foreground.
@@ -80,11 +85,16 @@ def _end(*_: object) -> None:
 @click.argument("token")
 @click.argument("value", default="")
 @click.option("--error", help="Settle it with an error of this message instead.")
-@click.option("--redis", "url", default="redis://localhost:6379/0", envvar="MEMOLOCK_REDIS_URL", show_default=True)
-def settle(token: str, value: str, error: str | None, url: str) -> None:
+@click.option(
+    "--redis",
+    "url",
+    envvar="MEMOLOCK_REDIS_URL",
+    help=f"Default: MEMOLOCK_REDIS_URL, or what Celery's own variables name, such as CELERY_BROKER_URL, or {_LOCAL}.",
+)
+def settle(token: str, value: str, error: str | None, url: str | None) -> None:
     """Settle a flight that was handed out: VALUE is JSON, TOKEN is the task's current_flight.token."""
     try:
-        with client_of(url, "the URL of --redis or MEMOLOCK_REDIS_URL") as client:
+        with client_of(url, "the URL of --redis or MEMOLOCK_REDIS_URL") if url else _usual_client() as client:
             if error is not None:
                 answer = external.fail(client, token, error)
             else:
@@ -94,6 +104,11 @@ def settle(token: str, value: str, error: str | None, url: str) -> None:
     click.echo(answer)
     if answer == "REFUSED":
         raise click.ClickException("it comes too late: another flight took over, or it was settled already")
+
+
+def _usual_client() -> redis.Redis:
+    """Return the client of an app that nobody has configured, but for the environment."""
+    return client_for(celery.Celery("celery-memolock", broker=_LOCAL, set_as_current=False))
 
 
 def _value_of(text: str) -> Any:

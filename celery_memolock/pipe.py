@@ -19,6 +19,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError
 
 from .connections import Packed
+from .errors import ConfigurationError
 
 __all__ = ["Pipe", "orphans", "retrieve"]
 
@@ -56,6 +57,9 @@ class Pipe:
             for name, value in pool.connection_kwargs.items()
             if name in known - _OWN and not name.startswith(("maint", "orig_", "oss_", "himport"))
         }
+        for name, value in pool.connection_kwargs.items():
+            if name.startswith("ssl_") and value and name not in known:  # to leave it out would be less safe
+                raise ConfigurationError(f"the client library knows {name} for threads alone, not for asyncio")
         self._timeout: float = settings.pop("socket_timeout")
         self._settings = {**settings, "retry": Retry(NoBackoff(), 0), "socket_timeout": self._timeout}
         self._kind = kind

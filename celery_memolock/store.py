@@ -12,15 +12,17 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import redis
+from kombu.utils.imports import symbol_by_name
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError
 from redis.retry import Retry
+from redis.sentinel import SentinelManagedConnection
 
 from .clock import Clock
 from .connections import MOST_CONNECTIONS, Busy, Connections, Packed
@@ -35,7 +37,7 @@ from .rooms import Broken
 from .tracker import Tracker
 from .wire import answer, arguments, command, reply, script_of
 
-__all__ = ["Store", "Stores", "client_of"]
+__all__ = ["NO_SENTINEL", "Store", "Stores", "client_in_environment", "client_of", "first_url", "tried", "usable"]
 
 logger = logging.getLogger("celery_memolock")
 
@@ -45,6 +47,9 @@ CONNECTION: Final[dict[str, Any]] = {"socket_connect_timeout": 2.0, "socket_time
 
 #: Seconds that giving up a registration may take. It goes with its flight in any case, and the caller's time is over.
 LEAVE_PATIENCE: Final = 0.25
+
+#: It would be the wrong server for some calls: only the client library's own pool asks a Sentinel.
+NO_SENTINEL: Final = "memolock does not know Redis Sentinel: name the primary itself, by its URL or with a redis.Redis"
 
 #: The least that a look is given, however little time its caller has left.
 LOOK_PATIENCE: Final = 0.05
@@ -334,15 +339,43 @@ def client_of(given: Any, name: str) -> redis.Redis:
     if not isinstance(given, str):
         kind = f"{type(given).__module__}.{type(given).__qualname__}"
         raise ConfigurationError(f"{name} is to be a URL or a redis.Redis, not a {kind}")
-    try:
+    with usable(name):
         return _client_at(given)
-    except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"{name} cannot be used: {error}") from None
+
+
+def client_in_environment() -> redis.Redis | None:
+    """Return the client of the URL that the environment variable MEMOLOCK_REDIS_URL names; None if there is none."""
+    url = os.environ.get("MEMOLOCK_REDIS_URL")
+    return client_of(url, "MEMOLOCK_REDIS_URL") if url else None
+
+
+@contextlib.contextmanager
+def usable(name: str) -> Iterator[None]:
+    """Say what cannot be used if making a client of it fails.
+
+    Raises:
+        ConfigurationError: it fails.
+    """
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except Exception as error:  # whatever those raise that read settings: KeyError, RedisError, ImportError, ...
+        kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
+        raise ConfigurationError(f"{name} cannot be used: {kind}{str(error).strip()}") from None
 
 
 @lru_cache(256)
 def _client_at(url: str) -> redis.Redis:
-    return redis.Redis.from_url(_plain_url(url))
+    url, credentials = _plain_url(url)
+    return tried(redis.Redis.from_url(url, **credentials))
+
+
+def tried(client: redis.Redis) -> redis.Redis:
+    """Return a client whose settings its connections take: the library itself looks when it connects."""
+    pool = client.connection_pool
+    pool.connection_class(**pool.connection_kwargs)
+    return client
 
 
 class _Troubles:
@@ -552,8 +585,12 @@ _DRIVER_INFO: Final = _driver_info()
 
 def _own_client(client: redis.Redis) -> redis.Redis:
     pool = client.connection_pool
+    if issubclass(pool.connection_class, SentinelManagedConnection):
+        raise ConfigurationError(NO_SENTINEL)
     kwargs = {**CONNECTION, **_DRIVER_INFO, **{k: v for k, v in pool.connection_kwargs.items() if v is not None}}
     kwargs.update(decode_responses=False, retry=Retry(NoBackoff(), 1), retry_on_error=[redis.ConnectionError])
+    # Ours are looked after here: the library would take what the listener hears for the answer to its own PING.
+    kwargs.update(health_check_interval=0, retry_on_timeout=False)
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **kwargs))
 
 
@@ -562,17 +599,40 @@ def _address(client: Any) -> str:
     kwargs = client.connection_pool.connection_kwargs
     if "path" in kwargs:
         return f"unix://{kwargs['path']}"
-    return f"redis://{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}/{kwargs.get('db') or 0}"
+    scheme = "rediss" if issubclass(client.connection_pool.connection_class, redis.SSLConnection) else "redis"
+    return f"{scheme}://{kwargs.get('host', 'localhost')}:{kwargs.get('port', 6379)}/{kwargs.get('db') or 0}"
 
 
 #: What stands between two URLs; a password may have a semicolon, too.
 _NEXT_URL: Final = re.compile(r";(?=[a-z][a-z+]*://|$)")
 
 
-def _plain_url(url: str) -> str:
-    """Turn kombu's and Celery's spellings of a Redis URL into the client's."""
-    url = _NEXT_URL.split(url)[0]  # of several, for a failover, the first
-    parts = urlsplit(url)
+def first_url(urls: Any) -> Any:
+    """Return the first of several URLs, which stand there for a failover.
+
+    Raises:
+        ValueError: it cannot be told where its user and password end. The error shows none of them.
+    """
+    url = urls[0] if isinstance(urls, list | tuple) and urls else urls
+    if not isinstance(url, str):
+        return url
+    url = _NEXT_URL.split(url)[0]
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  # which raises
+        cut = parts.hostname and "@" not in parts.netloc and "@" in parts.path + parts.query + parts.fragment
+    except ValueError:
+        cut = True
+    if cut:
+        raise ValueError(
+            "its host and port make no sense; if user or password have one of / # ? [ ] it is to be written as %2F, ..."
+        )
+    return url
+
+
+def _plain_url(url: str) -> tuple[str, dict[str, Any]]:
+    """Turn kombu's and Celery's spellings of a Redis URL into the client's → the URL, and what a URL cannot say."""
+    parts = urlsplit(first_url(url))
     query = {name: values[0] for name, values in parse_qs(parts.query).items()}
     scheme = parts.scheme
     if scheme in ("redis+socket", "socket"):
@@ -580,4 +640,6 @@ def _plain_url(url: str) -> str:
         query["db"] = query.pop("virtual_host", query.get("db", "0")).strip("/")
     if "ssl_cert_reqs" in query:
         query["ssl_cert_reqs"] = query["ssl_cert_reqs"].removeprefix("CERT_").lower()
-    return f"{scheme}://{parts.netloc}{parts.path}?{urlencode(query)}"
+    provider = query.pop("credential_provider", None)
+    credentials = {"credential_provider": symbol_by_name(provider)()} if provider else {}
+    return f"{scheme}://{parts.netloc}{parts.path}?{urlencode(query)}", credentials

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import os
+import re
 from dataclasses import fields
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
+import redis
+from celery.app.defaults import DEFAULTS
+from kombu.transport import virtual
+
+from .. import environment
 from ..errors import ConfigurationError, OptionError
 from ..options import OF_A_TASK, Options
-from ..store import Store, Stores, client_of
+from ..store import NO_SENTINEL, Store, Stores, client_in_environment, client_of, first_url, tried, usable
 
-__all__ = ["defaults_of", "store_of"]
+__all__ = ["client_for", "defaults_of", "store_of"]
 
-_OPTION_NAMES = frozenset(f.name for f in fields(Options))
+#: The options that an app may have defaults of.
+_DEFAULTABLE: Final = frozenset(f.name for f in fields(Options)) - {*OF_A_TASK}
 
-_stores = Stores()
+#: A URL of Celery's, or a transport's or backend's name alone, that stands for Redis.
+_REDIS: Final = re.compile(r"(rediss?|redis\+socket|sentinel)(://|$)")
+
+_stores: Final = Stores()
 
 
 def store_of(app: Any) -> Store:
@@ -27,38 +37,94 @@ def store_of(app: Any) -> Store:
 
 
 def _make_store(app: Any) -> Store:
-    conf = app.conf
-    prefix = conf.get("memolock_prefix") or "memolock"
-    for name, given in (
-        ("memolock_redis_url", conf.get("memolock_redis_url")),
-        ("MEMOLOCK_REDIS_URL", os.environ.get("MEMOLOCK_REDIS_URL")),
-    ):
-        if given:
-            return Store(client_of(_first(given), name), prefix)
-    for name in ("broker_url", "result_backend"):
-        url = _first(conf.get(name))
-        if isinstance(url, str) and url.startswith(("redis://", "rediss://", "redis+socket://")):
-            return Store(client_of(url, name), prefix)
-    raise ConfigurationError(
-        f"memolock has no Redis for {app!r}: set app.conf.memolock_redis_url (a URL or a redis.Redis) or the "
-        f"environment variable MEMOLOCK_REDIS_URL, or use Redis as broker or result backend"
-    )
+    prefix = {**environment.defaults(), **_named(app)}.get("prefix") or "memolock"
+    return Store(client_for(app), prefix)
 
 
-def _first(url: Any) -> Any:
-    return url[0] if isinstance(url, list | tuple) and url else url
+def client_for(app: Any) -> redis.Redis:
+    """Return a client whose settings are those of the Redis that an app means.
+
+    Raises:
+        ConfigurationError: it means none, or one that cannot be used.
+    """
+    given = _named(app).get("redis_url")
+    if given:
+        with usable("memolock_redis_url"):
+            return client_of(first_url(given), "memolock_redis_url")
+    client = client_in_environment() or _of_the_broker(app) or _of_the_backend(app)
+    if client is None:
+        raise ConfigurationError(
+            f"memolock has no Redis for {app!r}: set app.conf.memolock_redis_url (a URL or a redis.Redis) or the "
+            f"environment variable MEMOLOCK_REDIS_URL, or use Redis as broker or result backend"
+        )
+    return client
+
+
+def _of_the_broker(app: Any) -> redis.Redis | None:
+    """Return a client that connects as kombu does to where messages are sent; None if that is no Redis."""
+    url = app.conf.broker_write_url
+    if not _is_redis("broker_url", url if "://" in str(url) else app.conf.broker_transport):
+        return None
+    with usable("broker_url"):
+        first_url(url)  # which says what is wrong without showing a password
+        with app.connection_for_write() as connection:
+            transport = connection.transport
+            # A channel that was initialised by its own class would connect.
+            channel = object.__new__(transport.Channel)
+            virtual.Channel.__init__(channel, transport)
+            return tried(redis.Redis(connection_pool=channel.pool))
+
+
+def _of_the_backend(app: Any) -> redis.Redis | None:
+    """Return a client that connects as the result backend does; None if that is no Redis."""
+    url = app.conf.result_backend
+    if not _is_redis("result_backend", url):
+        return None
+    with usable("result_backend"):
+        first_url(url)
+        pool = app.backend.client.connection_pool
+        settings = dict(pool.connection_kwargs)
+        if settings.get("socket_timeout") == DEFAULTS["redis_socket_timeout"]:
+            del settings["socket_timeout"]  # nobody chose those two minutes
+        ours = redis.ConnectionPool(connection_class=pool.connection_class, **settings)
+        return tried(redis.Redis(connection_pool=ours))
+
+
+def _is_redis(name: str, setting: Any) -> bool:
+    found = _REDIS.match(str(setting[0] if isinstance(setting, list | tuple) and setting else setting))
+    if found is not None and found[1] == "sentinel":
+        raise ConfigurationError(f"{name} cannot be used: {NO_SENTINEL}, as memolock_redis_url")
+    return found is not None
 
 
 def defaults_of(app: Any) -> dict[str, Any]:
-    """The app's own defaults: whatever its configuration names ``memolock_<option>``."""
-    found: dict[str, Any] = {}
-    conf = app.conf
-    start = f"{conf.prefix or ''}memolock_".lower()
-    for key in conf:
-        name = str(key).lower().removeprefix(start)
-        if not str(key).lower().startswith(start) or name == "redis_url":
-            continue
-        if name not in _OPTION_NAMES or name in OF_A_TASK:
-            raise OptionError(f"{key} in the Celery configuration is no default that memolock knows")
-        found[name] = conf.get(f"memolock_{name}")
+    """Return the defaults for an app's tasks: what its configuration names, over what the environment does.
+
+    Raises:
+        OptionError: one of them is unknown, or is for a single task.
+    """
+    found = {**environment.defaults(), **_named(app)}
+    found.pop("redis_url", None)
     return found
+
+
+def _named(app: Any) -> dict[str, Any]:
+    """Return what an app's configuration calls ``memolock_...``, however it was set, by the rest of the name."""
+    conf = app.conf.finalize()
+    # As Celery reads its own settings: of an app with a namespace they may be assigned without it, and without one a
+    # module of the old style has all names in capitals, most of them with CELERY in front.
+    named = [_spelt(conf.prefix, "memolock_")] if conf.prefix else ["MEMOLOCK_", "CELERY_MEMOLOCK_"]
+    found: dict[str, Any] = {}
+    for settings in reversed(conf.maps):
+        for start in ["memolock_", *named]:
+            for key in (key for key in settings if str(key).startswith(start)):
+                name = key.removeprefix(start).lower()
+                if name != "redis_url" and name not in _DEFAULTABLE:
+                    meant = environment.instead(name, _DEFAULTABLE, partial(_spelt, start))
+                    raise OptionError(f"{key} in the Celery configuration is no default that memolock knows: {meant}")
+                found[name] = settings[key]
+    return found
+
+
+def _spelt(start: str, name: str) -> str:
+    return (start + name).upper() if start.isupper() else (start + name).lower()

@@ -15,6 +15,7 @@ from typing import Any, Final, Generic, Literal, Protocol, TypeVar, overload
 from redis import Redis
 from typing_extensions import ParamSpec, Self
 
+from .. import environment
 from ..aio import beside, in_thread, run_in_thread, run_to_its_end
 from ..bounded import LAST, Asides, log_failure
 from ..codec import Codec
@@ -26,7 +27,7 @@ from ..local import MISSING
 from ..memo import CallerMethods, Memo, remembered
 from ..options import Options, Progress, is_async, refuse_async
 from ..shape import Shape
-from ..store import Store, Stores, client_of
+from ..store import Store, Stores, client_in_environment, client_of
 from ..work import Done, Outcome, Work, holder_of
 
 __all__ = ["AsyncMemoized", "Client", "InlineRuns", "MemoLock", "Memoized", "finished"]
@@ -280,13 +281,13 @@ class _Server:
             await in_thread(self.close)
 
     def _make(self) -> Store:
-        given = self._given or os.environ.get("MEMOLOCK_REDIS_URL")
-        if given is None:
+        client = client_of(self._given, "redis of MemoLock") if self._given else client_in_environment()
+        if client is None:
             raise ConfigurationError(
                 "memolock has no Redis: MemoLock takes a URL or a redis.Redis, or the environment variable "
                 "MEMOLOCK_REDIS_URL names one; MemoLock(eager=True) does without"
             )
-        return Store(client_of(given, "redis of MemoLock" if self._given else "MEMOLOCK_REDIS_URL"), self._prefix)
+        return Store(client, self._prefix)
 
 
 # ---- values by their key ---------------------------------------------------------------------------------------
@@ -631,7 +632,7 @@ class MemoLock(Client[str, Any]):
             MEMOLOCK_REDIS_URL.
         name: what the keys of this object's own values begin with, after the prefix. Default "memo".
         eager: do without a server where none is named or it is away: all is computed in the caller. For tests.
-        defaults: the fields of `Options`, for all that is made with this object.
+        defaults: the fields of `Options`, for all that is made with this object, over what the environment says.
 
     Raises:
         OptionError: an option is unknown, or has a value that makes no sense.
@@ -645,6 +646,7 @@ class MemoLock(Client[str, Any]):
             raise ConfigurationError(
                 f"MemoLock takes a URL or a redis.Redis, not a {type(redis).__module__}.{type(redis).__qualname__}"
             )
+        defaults = {**environment.defaults(without=("typed", *_OF_MESSAGES)), **defaults}
         server = _Server(redis, defaults.get("prefix", "memolock"), eager)
         super().__init__(server, name, None, None, {}, defaults)
 

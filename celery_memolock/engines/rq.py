@@ -20,6 +20,7 @@ from rq.job import Job
 from rq.utils import as_text, import_attribute
 from typing_extensions import ParamSpec
 
+from .. import environment
 from ..aio import InThreads
 from ..bounded import TooSlow, end_asides, inquire, within
 from ..codec import Codec, pack_error
@@ -37,7 +38,7 @@ from ..keys import KeyMaker
 from ..memo import CallerMethods, Memo, computing
 from ..options import Options, is_async
 from ..shape import Shape
-from ..store import Store, Stores, client_of
+from ..store import Store, Stores, client_in_environment, client_of
 from ..work import Outcome, Work, as_wanted, read_ticket, unsendable, write_ticket
 from .inline import InlineRuns, finished
 
@@ -109,8 +110,8 @@ class _Where:
         client = self._client
         if client is None:
             given = self._values
-            client = client_of(given, "redis of memolocked_job") if given else _named() or self.queue.connection
-            self._client = client
+            named = client_of(given, "redis of memolocked_job") if given else client_in_environment()
+            client = self._client = named or self.queue.connection
         return store_of(client, self._prefix)
 
     def _queue_connection(self, name: str) -> redis.Redis:
@@ -125,12 +126,6 @@ class _Where:
             f"memolock has no Redis for RQ's queue {name!r}: give memolocked_job a connection (a redis.Redis or a "
             f"URL) or a Queue, or set the environment variable RQ_REDIS_URL"
         )
-
-
-def _named() -> redis.Redis | None:
-    """Return the server of the values that the environment names."""
-    url = os.environ.get("MEMOLOCK_REDIS_URL")
-    return client_of(url, "MEMOLOCK_REDIS_URL") if url else None
 
 
 def store_of(client: redis.Redis, prefix: str) -> Store:
@@ -396,7 +391,7 @@ def _disown(job: Job, connection: redis.Redis, *words: tuple[str, Exception | No
             store = engine.store
             options = as_wanted(engine.memo, ticket).options
         except Exception:  # it may be the import that failed
-            store = store_of(_named() or connection, "memolock")
+            store = store_of(client_in_environment() or connection, "memolock")
         for holder, error in words:
             ttl = 0.0 if error is None or options is None else options.error_ttl_of(error)
             outcome = None if error is None else pack_error(error)
@@ -526,7 +521,7 @@ def memolocked_job(
     for name in ("on_failure", "on_stopped", "on_success"):
         if not isinstance(options.get(name), rq.Callback | None):
             options[name] = rq.Callback(options[name])
-    checked = Options.build(ours, {})
+    checked = Options.build(ours, environment.defaults())
     where = _Where(queue, connection, redis, checked.prefix)
 
     def decorate(function: Callable[..., Any], /) -> Any:

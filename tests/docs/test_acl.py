@@ -15,7 +15,7 @@ import redis
 from celery_memolock import MISS, MemoLock
 from celery_memolock.server import Server
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "options.md").read_text()
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "settings.md").read_text()
 
 
 def test_documented_rights(caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,7 @@ LAYERS = [
     {"bounded", "clock", "errors"},
     {"server", "shape"},
     {"codec", "options"},  # options asks codec, late, whether it knows a format
-    {"keys"},
+    {"environment", "keys"},
     {"local", "rooms"},
     {"effects"},
     {"protocol"},
