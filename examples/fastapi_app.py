@@ -6,7 +6,8 @@ With a Redis or Valkey server at MEMOLOCK_REDIS_URL (default redis://localhost:6
     uvicorn examples.fastapi_app:app --backlog 4096
     python -m examples.fastapi_app 10000 http://127.0.0.1:8000/stock/tea
 
-The last one sends 10,000 requests at once, and says how many answers there were, and how many runs.
+The last one sends 10,000 requests at once, and says how many answers there were, and how many runs. A run takes
+STOCK_SECONDS (default 10).
 """
 
 import asyncio
@@ -29,19 +30,20 @@ from celery_memolock import StoreUnavailable, WaitTimeout, current_flight, memol
 REDIS_URL = os.environ.get("MEMOLOCK_REDIS_URL", "redis://localhost:6379/0")
 celery_app = Celery("fastapi_app", broker=os.environ.get("CELERY_BROKER_URL", REDIS_URL))
 celery_app.conf.memolock_redis_url = REDIS_URL
+SECONDS = float(os.environ.get("STOCK_SECONDS", "10"))
 app = FastAPI()
 
 
 @memolocked_task(ttl=600, wait_timeout=120, app=celery_app)
 def stock(article: str) -> dict[str, object]:
     """Report on an article from a table of its own making, for as long as that takes."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + SECONDS
     rows = 0
     query = "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t WHERE n < 200000) SELECT count(*) FROM t"
     with sqlite3.connect(":memory:") as database:
         while time.monotonic() < until:
             rows += database.execute(query).fetchone()[0]
-            current_flight.progress(max(0.0, min(1.0, 1 - (until - time.monotonic()) / 10)), "reading")
+            current_flight.progress(max(0.0, min(1.0, 1 - (until - time.monotonic()) / SECONDS)), "reading")
     return {"article": article, "rows": rows, "run": f"{os.getpid()} at {until}"}
 
 

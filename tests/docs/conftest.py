@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.workers.conftest import Worker
+
 Start = Callable[[str, Path, Mapping[str, str]], None]
 
 
-@contextmanager
-def _worker(app: str, folder: Path, environment: Mapping[str, str]) -> Iterator[None]:
-    command = [sys.executable, "-m", "celery", "-A", app, "worker", "--concurrency", "1", "--loglevel", "INFO"]
-    with subprocess.Popen(
-        command,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=dict(environment),
-    ) as process:
-        assert process.stdout is not None
-        heard = []
-        for line in process.stdout:
-            heard.append(line)
-            if " ready." in line:
-                break
-        else:
-            pytest.fail("".join(heard))
-        try:
-            yield
-        finally:
-            process.terminate()
-            process.communicate()
-
-
 @pytest.fixture
-def start_worker() -> Iterator[Start]:
+def start_worker(tmp_path: Path) -> Iterator[Start]:
     """Start a worker of an app in a folder, and wait until it is ready."""
     with ExitStack() as stack:
-        yield lambda app, folder, environment: stack.enter_context(_worker(app, folder, environment))
+
+        def start(app: str, folder: Path, environment: Mapping[str, str]) -> None:
+            command = ["-m", "celery", "-A", app, "worker", "--concurrency", "1", "--loglevel", "INFO"]
+            worker = Worker(command, environment, tmp_path / "worker.log", folder=folder)
+            stack.callback(worker.kill)
+            worker.await_ready()
+
+        yield start

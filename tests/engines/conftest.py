@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,30 +17,74 @@ import redis
 
 from tests.conftest import server_of
 from tests.engines.tasks import Place, make
-from tests.workers.conftest import Worker, key, measured, own_server
+from tests.workers.conftest import QUICK, ROOT, Worker, key, measured, own_server
 from tests.workers.shop import FromAsyncio
 
 __all__ = ["Asked", "key", "measured", "own_server", "workers"]
 
 #: What starts a worker of each engine. RQ's runs one job at a time, and imports what it runs before it forks.
 _RQ = "import sys, rq, tests.engines.tasks as tasks; from celery_memolock.rq import *; "
+_CELERY = ["-m", "celery", "-A", "tests.engines.tasks", "worker", "--loglevel", "INFO", "--concurrency", "3", *QUICK]
 WORKERS: dict[str, list[list[str]]] = {
-    "celery": [["-m", "celery", "-A", "tests.engines.tasks", "worker", "--loglevel", "INFO", "--concurrency", "3"]],
+    "celery": [_CELERY],
     "rq": [["-c", _RQ + "rq.Worker([tasks.app], connection=tasks.app.connection).work(with_scheduler=False)"]] * 3,
     "inline": [],
 }
 READY = {"celery": " ready.", "rq": "Listening on"}
 
 
+class Other:
+    """Another process with the same place. It stays from one test to the next, and does what it is told."""
+
+    _CODE = """
+import json, sys
+from tests.engines.tasks import place
+for line in sys.stdin:
+    code, args = json.loads(line)
+    told = {"place": place, "args": args}
+    exec(code, told)
+    print(json.dumps(told["answer"]), flush=True)
+"""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self._CODE],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def tell(self, code: str, *args: str) -> None:
+        """Have it run some code, which finds the place and `args`, and leaves its `answer`."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([code, args]) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> Any:
+        """Wait for the answer."""
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def kill(self) -> None:
+        """End it."""
+        with self._process:
+            self._process.kill()
+
+
 class Asked:
     """A place as one driver asks it."""
 
-    def __init__(self, place: Place, driver: str, url: str, processes: list[Worker]) -> None:
+    def __init__(
+        self, place: Place, driver: str, url: str, processes: list[Worker], others: list[Other] | None = None
+    ) -> None:
         self.place = place
         self.driver = driver
         self.url = url
         self.server = redis.Redis.from_url(url)
         self.processes = processes
+        self.others = others or []
         for name in ("ran", "await_start", "open_gate"):
             setattr(self, name, getattr(place.records, name))
 
@@ -53,22 +101,21 @@ class Asked:
         fields: Any = self.server.hkeys(self.flight(name, key))
         return sum(field.startswith(b"w:") for field in fields)
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """What makes another process have the same place."""
-        return {"PLACE_ENGINE": self.place.engine, "PLACE_STORE": self.url, "PLACE_PREFIX": self.place.prefix}
+
+def environment(place: Place, url: str) -> dict[str, str]:
+    """Return what makes another process have the same place."""
+    return {"PLACE_ENGINE": place.engine, "PLACE_STORE": url, "PLACE_PREFIX": place.prefix}
 
 
 @contextmanager
 def workers(folder: Path, place: Place, url: str, commands: list[list[str]] | None = None) -> Iterator[list[Worker]]:
     """Run the workers of a place."""
-    environment = {"PLACE_ENGINE": place.engine, "PLACE_STORE": url, "PLACE_PREFIX": place.prefix}
     with ExitStack() as stack:
         processes = []
         for command in WORKERS[place.engine] if commands is None else commands:
             log = folder / f"{uuid.uuid4().hex[:8]}.log"
-            process = Worker(command, environment, log, READY[place.engine])
-            stack.callback(process.stop)
+            process = Worker(command, environment(place, url), log, READY[place.engine])
+            stack.callback(process.kill)
             processes.append(process)
         for process in processes:
             process.await_ready()
@@ -77,7 +124,7 @@ def workers(folder: Path, place: Place, url: str, commands: list[list[str]] | No
 
 @pytest.fixture(scope="session")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Any]]:
-    """Return a running place for an engine and a kind of server: one for both drivers."""
+    """Return a running place for an engine and a kind of server, with two more processes: one for both drivers."""
     made: dict[tuple[str, str], Any] = {}
     with ExitStack() as stack:
 
@@ -86,7 +133,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, 
                 server = stack.enter_context(server_of(kind))
                 place = make(engine, server.url, f"t{uuid.uuid4().hex[:8]}")
                 folder = tmp_path_factory.mktemp(f"{engine}-{kind}")
-                made[engine, kind] = place, server.url, stack.enter_context(workers(folder, place, server.url))
+                others = [Other(environment(place, server.url)) for _ in range(2)]
+                for each in others:
+                    stack.callback(each.kill)
+                made[engine, kind] = place, server.url, stack.enter_context(workers(folder, place, server.url)), others
             return made[engine, kind]
 
         yield get
@@ -107,5 +157,5 @@ def engine(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=["threads", "asyncio"])
 def shop(request: pytest.FixtureRequest, engine: str, kind: str, places: Callable[[str, str], Any]) -> Asked:
     """An engine as a driver asks it."""
-    place, url, processes = places(engine, kind)
-    return Asked(place, request.param, url, processes)
+    place, url, processes, others = places(engine, kind)
+    return Asked(place, request.param, url, processes, others)

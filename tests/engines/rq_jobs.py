@@ -28,9 +28,9 @@ if "RQ_JOBS_URL" in os.environ:
         return int(records.rpush(f"ran:{QUEUE}:{what}", os.getpid()))
 
     def stand_at_gate(key: str) -> None:
-        """Say that a run began, and wait."""
-        records.rpush(f"started:{QUEUE}:{key}", os.getpid())
-        records.blpop([f"gate:{QUEUE}:{key}"], 50)
+        """Say that a run began, and wait: in one step, so that who began first goes first."""
+        with records.pipeline(transaction=False) as both:
+            both.rpush(f"started:{QUEUE}:{key}", os.getpid()).blpop([f"gate:{QUEUE}:{key}"], 50).execute()
 
     def on_stopped(job: Any, connection: Any) -> None:
         """Called by RQ."""

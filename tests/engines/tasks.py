@@ -56,10 +56,10 @@ class Records:
         self.server.rpush(f"gate:{key}", value)
 
     def stand_at_gate(self, key: str) -> str:
-        """Say that a run began, and wait until the test lets it go on."""
-        self.server.rpush(f"started:{key}", os.getpid())
-        found: Any = self.server.blpop([f"gate:{key}"], 50)
-        return str(found[1].decode())
+        """Say that a run began, and wait until it may go on: in one step, so that who began first goes first."""
+        with self.server.pipeline(transaction=False) as both:
+            both.rpush(f"started:{key}", os.getpid()).blpop([f"gate:{key}"], 50)
+            return str(both.execute()[1][1].decode())
 
 
 @dataclass

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,74 +14,42 @@ from celery_memolock import MISS, EncodeError, Progress, ReentrantFlight, TaskFa
 from celery_memolock.external import fail, settle
 from tests.engines.conftest import Asked
 from tests.engines.tasks import Sold, Stock
-from tests.workers.conftest import ROOT, in_background, until
+from tests.workers.conftest import in_background, until
 
+#: Ten callers of another process.
 CROWD = """
-import json, sys
 from concurrent.futures import ThreadPoolExecutor
-from tests.engines.tasks import place
-task, key = place.tasks[sys.argv[1]], sys.argv[2]
 def ask(_):
     try:
-        return task.get_cached(key)
+        return place.tasks[args[0]].get_cached(args[1])
     except Exception as error:
         return f"{type(error).__name__} {error}"
-print("ready", flush=True)
-sys.stdin.readline()
 with ThreadPoolExecutor(10) as pool:
-    print(json.dumps(list(pool.map(ask, range(10)))))
+    answer = list(pool.map(ask, range(10)))
 """
 
 
-def in_processes(shop: Asked, code: str, *args: str, count: int = 2) -> list[subprocess.Popen[str]]:
-    """Start more processes with the same place, each of which says when it is ready."""
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *args],
-            cwd=ROOT,
-            env={**os.environ, **shop.environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(count)
-    ]
-    for process in started:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    return started
-
-
-def ask_in_processes(processes: list[subprocess.Popen[str]]) -> list[Any]:
-    """Let them ask, all at once; return what their callers got."""
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    return [answer for process in processes for answer in json.loads(process.communicate(timeout=50)[0])]
-
-
-@pytest.mark.repeat
 def test_one_run_for_all(shop: Asked, key: str) -> None:
     """Twenty callers here and ten in each of two other processes: one run, forty equal results."""
-    others = in_processes(shop, CROWD, "gated", key)
-    with ThreadPoolExecutor(22) as pool:
+    with ThreadPoolExecutor(20) as pool:
         here = [pool.submit(shop.gated.get_cached, key) for _ in range(20)]
-        elsewhere = pool.submit(ask_in_processes, others)
+        for other in shop.others:
+            other.tell(CROWD, "gated", key)
         shop.await_start(key)
         until(lambda: shop.waiting("gated", key) == 3)
         shop.open_gate(key)
-        assert [each.result(30) for each in here] + elsewhere.result(30) == ["open"] * 40
+        assert [each.result(30) for each in here] == ["open"] * 20
+        assert [other.answer() for other in shop.others] == [["open"] * 10] * 2
     assert shop.ran(key) == 1
 
 
 def test_failure_reaches_all(shop: Asked, key: str) -> None:
     """A failed run tells all, here and elsewhere. Not all may ask before it fails, so it is kept for a while."""
     key = f"gated {key}"
-    others = in_processes(shop, CROWD, "remembered", key)
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(5) as pool:
         here = [pool.submit(shop.remembered.get_cached, key) for _ in range(5)]
-        elsewhere = pool.submit(ask_in_processes, others)
+        for other in shop.others:
+            other.tell(CROWD, "remembered", key)
         shop.await_start(key)
         until(lambda: shop.waiting("remembered", key) == 3)
         shop.open_gate(key)
@@ -93,7 +57,7 @@ def test_failure_reaches_all(shop: Asked, key: str) -> None:
             with pytest.raises(Sold) as caught:
                 each.result(30)
             assert caught.value.args == (key, 7)
-        assert elsewhere.result(30) == [f"Sold ('{key}', 7)"] * 20
+        assert [other.answer() for other in shop.others] == [[f"Sold ('{key}', 7)"] * 10] * 2
     assert shop.ran(key) == 1
 
 
@@ -258,14 +222,14 @@ def test_time_out(shop: Asked, key: str) -> None:
     runner = in_background(shop.gated.get_cached, key)
     shop.await_start(key)
     impatient = shop.gated.with_options(wait_timeout=0.3)
-    code = (
-        "import sys; from tests.engines.tasks import place\nfrom celery_memolock import WaitTimeout\n"
-        "print('ready', flush=True)\n"
-        "try: place.tasks['gated'].with_options(wait_timeout=0.3).get_cached(sys.argv[1])\n"
-        "except WaitTimeout as error: print(error)"
+    other = shop.others[0]
+    other.tell(
+        "from celery_memolock import WaitTimeout\n"
+        "try: answer = place.tasks['gated'].with_options(wait_timeout=0.3).get_cached(args[0])\n"
+        "except WaitTimeout as error: answer = str(error)",
+        key,
     )
-    (other,) = in_processes(shop, code, key, count=1)
-    assert "RUNNING for" in other.communicate(timeout=30)[0]
+    assert "RUNNING for" in other.answer()
     assert shop.waiting("gated", key) == 1
     with pytest.raises(WaitTimeout, match="no value of task"):
         impatient.get_cached(key)
@@ -461,8 +425,8 @@ def test_local_cache(shop: Asked, key: str) -> None:
     assert shop.near.get_cached(key) == 1
     near = shop.place.tasks["near"]
     until(lambda: shop.near.get_cached(key) == 1 and near.memo.kept((key,), {}) == 1)
-    code = "import sys; from tests.engines.tasks import place; place.tasks['near'].invalidate(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, key], cwd=ROOT, env={**os.environ, **shop.environment}, check=True)
+    shop.others[0].tell("answer = place.tasks['near'].invalidate(args[0])", key)
+    assert shop.others[0].answer() is True
     assert until(lambda: shop.near.get_cached(key) == 2)
 
 

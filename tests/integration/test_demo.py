@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.workers.conftest import until
+
 COMMAND = [sys.executable, "-m", "celery_memolock.demo"]
 
 
@@ -29,7 +31,7 @@ def _left(mark: str) -> list[psutil.Process]:
 
 def test_demo(tmp_path: Path) -> None:
     """Three modes, the figures of each, a picture and a page; in memolock mode never two queries at once."""
-    flags = ["--users", "1000", "--seconds", "9", "--processes", "2", "--json", "figures.json", "--report", "report"]
+    flags = ["--users", "1000", "--seconds", "6", "--processes", "2", "--json", "figures.json", "--report", "report"]
     done = subprocess.run(
         [*COMMAND, *flags], cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=110
     )
@@ -55,8 +57,8 @@ def test_interrupted_demo_leaves_nothing_running(tmp_path: Path) -> None:
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as demo:
-        while not list(tmp_path.glob("memolock-demo-*/*.queries")):
-            assert demo.poll() is None
+        until(lambda: demo.poll() is not None or list(tmp_path.glob("memolock-demo-*/*.queries")), 60)
+        assert demo.poll() is None
         assert _left(str(tmp_path))
         demo.send_signal(signal.SIGINT)
         output, _ = demo.communicate(timeout=30)

@@ -17,24 +17,25 @@ CHECKERS = {
 }
 
 
-def _lines_with_errors(checker: str, file: Path) -> tuple[set[int], str]:
-    command = [sys.executable, "-m", *CHECKERS[checker], str(file)]
+@pytest.fixture(scope="module", params=CHECKERS)
+def output(request: pytest.FixtureRequest) -> str:
+    """What a checker says of both files, in one run."""
+    command = [sys.executable, "-m", *CHECKERS[request.param], str(HERE / "accepted.py"), str(HERE / "refused.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
-    found = re.findall(rf"{file.name}:(\d+)(?::\d+)?\s*[:-]\s*(?:\d+\s*-\s*)?error", done.stdout)
-    return {int(line) for line in found}, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("checker", CHECKERS)
-def test_right_calls_are_accepted(checker: str) -> None:
+def _lines_with_errors(output: str, file: str) -> set[int]:
+    return {int(line) for line in re.findall(rf"{file}:(\d+)(?::\d+)?\s*[:-]\s*(?:\d+\s*-\s*)?error", output)}
+
+
+def test_right_calls_are_accepted(output: str) -> None:
     """Calls that fit the task's signature have its types."""
-    lines, output = _lines_with_errors(checker, HERE / "accepted.py")
-    assert not lines, output
+    assert not _lines_with_errors(output, "accepted.py"), output
 
 
-@pytest.mark.parametrize("checker", CHECKERS)
-def test_wrong_calls_are_refused(checker: str) -> None:
+def test_wrong_calls_are_refused(output: str) -> None:
     """Each call that does not fit is an error, on its own line."""
-    file = HERE / "refused.py"
-    wanted = {number for number, line in enumerate(file.read_text().splitlines(), 1) if line.endswith("# refused")}
-    lines, output = _lines_with_errors(checker, file)
-    assert lines == wanted, output
+    lines = (HERE / "refused.py").read_text().splitlines()
+    wanted = {number for number, line in enumerate(lines, 1) if line.endswith("# refused")}
+    assert _lines_with_errors(output, "refused.py") == wanted, output

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,22 +25,35 @@ from tests.workers import shop
 
 ROOT = Path(__file__).parent.parent.parent
 
+#: A worker looks for others for a second before it is ready, and then listens to them. There are none that it needs.
+QUICK = ["--without-mingle", "--without-gossip"]
+
 
 class Worker:
     """A worker in a process group of its own.
 
     Args:
         arguments: for Python.
+        environment: what it has beside this process's own.
+        log: the file that it writes to.
         ready: what it logs when it takes messages.
+        folder: where it runs.
     """
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path, ready: str = " ready.") -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        environment: Mapping[str, str],
+        log: Path,
+        ready: str = " ready.",
+        folder: Path = ROOT,
+    ) -> None:
         self.log = log
         self._ready = ready
         with log.open("ab") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *arguments],
-                cwd=ROOT,
+                cwd=folder,
                 env={**os.environ, **environment},
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -97,24 +110,20 @@ def amqp() -> Iterator[str]:
 @contextmanager
 def _starting(folder: Path) -> Iterator[Callable[..., Any]]:
     with ExitStack() as stack:
-        started: list[Worker] = []
 
         def start(broker: str, store: str, *flags: str, **settings: str) -> tuple[shop.Shop, Worker]:
             prefix = settings.pop("prefix", None) or f"t{uuid.uuid4().hex[:8]}"
             environment = {"SHOP_BROKER": broker, "SHOP_STORE": store, "SHOP_PREFIX": prefix}
             environment |= {f"SHOP_{name.upper()}": value for name, value in settings.items()}
             name = uuid.uuid4().hex[:8]
-            command = ["-m", "celery", "-A", "tests.workers.shop", "worker", "--loglevel", "INFO", *flags]
+            command = ["-m", "celery", "-A", "tests.workers.shop", "worker", "--loglevel", "INFO", *QUICK, *flags]
             worker = Worker([*command, "--hostname", f"{name}@tests"], environment, folder / f"{name}.log")
-            stack.callback(worker.stop)
-            started.append(worker)
+            stack.callback(worker.kill)
             worker.await_ready()
             made = shop.make(broker, store, prefix, settings.get("records"), result_backend=settings.get("results"))
             return made, worker
 
         yield start
-        for worker in started:  # all at once; each takes seconds
-            worker.process.terminate()
 
 
 @pytest.fixture(scope="session")
@@ -132,6 +141,13 @@ def start_worker(tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture(scope="session")
+def redis_shop(server: Server, start_for_all: Callable[..., Any]) -> shop.Shop:
+    """A shop with a running worker over Redis, for both drivers."""
+    made, _ = start_for_all(server.url, server.url, "--concurrency", "4", results=server.url)
+    return made  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
 def amqp_shop(amqp: str, server: Server, start_for_all: Callable[..., Any]) -> shop.Shop:
     """A shop with a running worker over RabbitMQ, for both drivers."""
     made, _ = start_for_all(amqp, server.url, "--concurrency", "4", results=server.url)
@@ -141,18 +157,14 @@ def amqp_shop(amqp: str, server: Server, start_for_all: Callable[..., Any]) -> s
 @pytest.fixture(
     scope="session", params=["redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq), "redis, asked from asyncio"]
 )
-def any_shop(
-    request: pytest.FixtureRequest, server: Server, start_for_all: Callable[..., Any]
-) -> tuple[shop.Shop, str, str]:
+def any_shop(request: pytest.FixtureRequest, server: Server) -> tuple[shop.Shop, str, str]:
     """A shop with a running worker over each broker and for each driver in turn, with broker's and store's URL.
 
     "rabbitmq, asked from asyncio" is for the tests of a module that asks for it: see test_one_run.py.
     """
-    if "rabbitmq" in request.param:
-        broker, made = request.getfixturevalue("amqp"), request.getfixturevalue("amqp_shop")
-    else:
-        broker = server.url
-        made, _ = start_for_all(broker, server.url, "--concurrency", "4", results=server.url)
+    over_amqp = "rabbitmq" in request.param
+    broker = request.getfixturevalue("amqp") if over_amqp else server.url
+    made = request.getfixturevalue("amqp_shop" if over_amqp else "redis_shop")
     if "asyncio" in request.param:
         made = replace(made, driver="asyncio")
     return made, broker, server.url

@@ -146,6 +146,12 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
     def ran(key: str) -> None:
         records.rpush(f"ran:{key}", f"{os.getpid()} {time.monotonic()}")
 
+    def stand_at_gate(key: str) -> str:
+        """Say that a run began, and wait until it may go on: in one step, so that who began first goes first."""
+        with records.pipeline(transaction=False) as both:
+            both.rpush(f"started:{key}", os.getpid()).blpop([f"gate:{key}"], 55)
+            return str(both.execute()[1][1].decode())
+
     @memolocked_task(app=app, ttl=60, name="shop.stock")
     def stock(key: str, value: Any = "stock") -> Any:
         ran(key)
@@ -165,8 +171,7 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
     @memolocked_task(app=app, ttl=60, name="shop.gated")
     def gated(key: str) -> str:
         ran(key)
-        records.rpush(f"started:{key}", os.getpid())
-        return str(records.blpop([f"gate:{key}"], 55)[1].decode())
+        return stand_at_gate(key)
 
     @memolocked_task(app=app, ttl=60, name="shop.failing", error_ttl=30)
     def failing(key: str) -> str:
@@ -304,8 +309,7 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
     def counted(self: Any, key: str, then: str = "") -> int:
         count = int(records.rpush(f"ran:{key}", os.getpid()))
         if then == "gate" and count > 1:
-            records.rpush(f"started:{key}", os.getpid())
-            records.blpop([f"gate:{key}"], 55)
+            stand_at_gate(key)
         if records.exists(f"fail:{key}"):
             raise Sold(key)
         return count
@@ -336,8 +340,7 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
     def tagged(key: str, tag: str, then: str = "") -> int:
         count = int(records.rpush(f"ran:{key}", os.getpid()))
         if then == "gate":
-            records.rpush(f"started:{key}", os.getpid())
-            records.blpop([f"gate:{key}"], 55)
+            stand_at_gate(key)
         return count
 
     @memolocked_task(app=app, ttl=60, name="shop.labelled", tags=["a label", "another {label}"])
@@ -406,8 +409,7 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
         ran(key)
         for step in range(3):
             current_flight.progress(step / 2, f"step {step}")
-            records.rpush(f"started:{key}", os.getpid())
-            records.blpop([f"gate:{key}"], 55)
+            stand_at_gate(key)
         return key
 
     class Hooked(MemoLockTask[Any, Any]):
