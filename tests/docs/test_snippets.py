@@ -1,4 +1,4 @@
-"""Every documented Python snippet runs as it stands, but for the address of the server."""
+"""Every documented Python snippet runs as it stands, but for the port of the server."""
 
 from __future__ import annotations
 
@@ -10,49 +10,52 @@ from pathlib import Path
 
 import pytest
 
-from celery_memolock.server import Server
-from tests.docs.conftest import Start
+from celery_memolock.cli import server as server_command
+from tests.docs.readme import README, free_port, play, sessions, snippets
 
-ROOT = Path(__file__).parent.parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-BLOCK = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-ANY_BLOCK = re.compile(r"^```python\n", re.MULTILINE)
-
-
-def _snippets(page: Path) -> dict[str, str]:
-    return dict(BLOCK.findall(page.read_text()))
-
-
-@pytest.fixture
-def folder(tmp_path: Path, server: Server) -> Path:
-    """A folder with the snippets of the README, at the server of this test."""
-    for name, text in _snippets(ROOT / "README.md").items():
-        (tmp_path / name).write_text(text.replace("redis://localhost:6379/0", server.url))
-    return tmp_path
+PAGES = sorted([README, *(README.parent / "docs").glob("*.md")])
+ANY_BLOCK = re.compile(r"^ *(```|~~~) *py", re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_python_block_is_a_file(page: Path) -> None:
     """Each block names the file it is, so that none escapes the tests below."""
-    assert len(ANY_BLOCK.findall(page.read_text())) == len(_snippets(page))
+    named = snippets(page)
+    assert len(ANY_BLOCK.findall(page.read_text())) == len(named)
+    if page == README:
+        text = README.read_text()
+        assert [name for name in named if f"python {name}" not in text and f" {name[:-3]} " not in text] == []
+    else:
+        assert [name for name in named if not name.startswith("test_")] == []
 
 
-def test_readme_runs(folder: Path, start_worker: Start) -> None:
-    """The README's scripts run against its worker."""
-    start_worker("shop", folder, os.environ)
-    for script in ("ask.py", "tour.py", "without_a_queue.py"):
-        done = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
+def test_readme_runs(tmp_path: Path) -> None:
+    """The README's first minute, command by command: with Celery, with RQ, and without a queue."""
+    programs = Path(sys.executable).parent
+    assert [found for found in play(tmp_path, free_port(), lambda _: programs) if found[1]] == []
+
+
+def test_readme_shows_what_is_printed() -> None:
+    """Each way to ask prints the value."""
+    printed = {command.line: command.prints for session in sessions() for command in session}
+    for script in ("ask.py", "rq_ask.py", "without_a_queue.py"):
+        assert printed[f"python {script}"] == "2750\n"
+
+
+def test_readme_asks_the_server_of_the_command() -> None:
+    """Every URL of the README is that of `celery-memolock server` without options."""
+    port = next(option.default for option in server_command.params if option.name == "port")
+    assert {f"redis://localhost:{port}/0"} == set(re.findall(r"redis://[\w.:/]+", README.read_text()))
 
 
 @pytest.mark.parametrize(
     ("page", "name"),
-    [(page, name) for page in PAGES for name in _snippets(page) if name.startswith("test_")],
+    [(page, name) for page in PAGES for name in snippets(page) if name.startswith("test_")],
     ids=lambda value: value if isinstance(value, str) else value.stem,
 )
 def test_documented_tests_pass(page: Path, name: str, tmp_path: Path) -> None:
     """A documented test is a test that passes."""
-    (tmp_path / name).write_text(_snippets(page)[name])
+    (tmp_path / name).write_text(snippets(page)[name])
     environment = {key: value for key, value in os.environ.items() if key != "MEMOLOCK_REDIS_URL"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name],
