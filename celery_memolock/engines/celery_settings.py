@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import fields
 from functools import partial
@@ -37,7 +38,8 @@ def store_of(app: Any) -> Store:
 
 
 def _make_store(app: Any) -> Store:
-    prefix = {**environment.defaults(), **_named(app)}.get("prefix") or "memolock"
+    # A wrong default is no obstacle here: those who wait are to hear of it through this server.
+    prefix = _said(app).get("prefix", (None, os.environ.get("MEMOLOCK_PREFIX")))[1] or "memolock"
     return Store(client_for(app), prefix)
 
 
@@ -47,12 +49,13 @@ def client_for(app: Any) -> redis.Redis:
     Raises:
         ConfigurationError: it means none, or one that cannot be used.
     """
-    given = _named(app).get("redis_url")
+    _, given = _said(app).get("redis_url", (None, None))
     if given:
         with usable("memolock_redis_url"):
             return client_of(first_url(given), "memolock_redis_url")
     client = client_in_environment() or _of_the_broker(app) or _of_the_backend(app)
     if client is None:
+        defaults_of(app)  # a name that is misspelt says more
         raise ConfigurationError(
             f"memolock has no Redis for {app!r}: set app.conf.memolock_redis_url (a URL or a redis.Redis) or the "
             f"environment variable MEMOLOCK_REDIS_URL, or use Redis as broker or result backend"
@@ -103,26 +106,28 @@ def defaults_of(app: Any) -> dict[str, Any]:
     Raises:
         OptionError: one of them is unknown, or is for a single task.
     """
-    found = {**environment.defaults(), **_named(app)}
-    found.pop("redis_url", None)
+    found = environment.defaults()
+    for name, (key, value) in _said(app).items():
+        if name in _DEFAULTABLE:
+            found[name] = value
+        elif name != "redis_url":
+            start = key[: len(key) - len(name)]
+            meant = environment.instead(name, _DEFAULTABLE, partial(_spelt, start))
+            raise OptionError(f"{key} in the Celery configuration is no default that memolock knows: {meant}")
     return found
 
 
-def _named(app: Any) -> dict[str, Any]:
-    """Return what an app's configuration calls ``memolock_...``, however it was set, by the rest of the name."""
+def _said(app: Any) -> dict[str, tuple[str, Any]]:
+    """Return what an app's configuration calls ``memolock_...``: by option the whole name, and the value."""
     conf = app.conf.finalize()
     # As Celery reads its own settings: of an app with a namespace they may be assigned without it, and without one a
     # module of the old style has all names in capitals, most of them with CELERY in front.
     named = [_spelt(conf.prefix, "memolock_")] if conf.prefix else ["MEMOLOCK_", "CELERY_MEMOLOCK_"]
-    found: dict[str, Any] = {}
+    found: dict[str, tuple[str, Any]] = {}
     for settings in reversed(conf.maps):
         for start in ["memolock_", *named]:
             for key in (key for key in settings if str(key).startswith(start)):
-                name = key.removeprefix(start).lower()
-                if name != "redis_url" and name not in _DEFAULTABLE:
-                    meant = environment.instead(name, _DEFAULTABLE, partial(_spelt, start))
-                    raise OptionError(f"{key} in the Celery configuration is no default that memolock knows: {meant}")
-                found[name] = settings[key]
+                found[key.removeprefix(start).lower()] = key, settings[key]
     return found
 
 

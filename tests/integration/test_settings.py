@@ -236,7 +236,7 @@ def test_as_celery_connects(place: Place, monkeypatch: pytest.MonkeyPatch, prefi
             connection.ensure_connection(max_retries=1, timeout=30)
             theirs = place.connections()
 
-    @app.task(base=MemoLockTask, memolock={"ttl": 60, "local_ttl": 5})
+    @app.task(base=MemoLockTask, shared=False, memolock={"ttl": 60, "local_ttl": 5})
     def stock(key: str) -> str:
         return key
 
@@ -289,7 +289,7 @@ def test_as_it_is_said(place: Place, prefix: str, name: str, engine: str) -> Non
         store = vars(task)["memolocked"].store
     else:
         app = new(broker=AWAY, memolock_redis_url=given, memolock_prefix=prefix)
-        task = app.task(base=MemoLockTask, memolock=options)(stock)
+        task = app.task(base=MemoLockTask, shared=False, memolock=options)(stock)
         store = store_of(app)
     assert {facts[:2] for facts in reached(place, before, store, task)} == {(way, user)}
     store.close()

@@ -106,7 +106,7 @@ def stock(key: str) -> str:
 def of_celery(**_: Any) -> Any:
     app = new()
     app.conf.memolock_queue_timeout = 11
-    return app.task(base=MemoLockTask, memolock={"ttl": 5, "max_run": 12})(stock).memo.options
+    return app.task(base=MemoLockTask, shared=False, memolock={"ttl": 5, "max_run": 12})(stock).memo.options
 
 
 def of_rq(**_: Any) -> Any:
