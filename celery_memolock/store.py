@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import ssl
 import threading
 import time
 import weakref
@@ -591,6 +592,8 @@ def _own_client(client: redis.Redis) -> redis.Redis:
     kwargs.update(decode_responses=False, retry=Retry(NoBackoff(), 1), retry_on_error=[redis.ConnectionError])
     # Ours are looked after here: the library would take what the listener hears for the answer to its own PING.
     kwargs.update(health_check_interval=0, retry_on_timeout=False)
+    if isinstance(kwargs.get("ssl_cert_reqs"), int):  # asyncio's connections of redis-py 5.2 know it by name only
+        kwargs["ssl_cert_reqs"] = ssl.VerifyMode(kwargs["ssl_cert_reqs"]).name.removeprefix("CERT_").lower()
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=pool.connection_class, **kwargs))
 
 

@@ -13,7 +13,7 @@ import redis
 from celery import Celery
 
 from celery_memolock import MISS, OptionError, memolocked_task
-from celery_memolock.engines import celery as engine
+from celery_memolock.engines import celery_settings
 from celery_memolock.engines.celery_settings import store_of
 from celery_memolock.server import Server
 from celery_memolock.testing import Link
@@ -258,7 +258,7 @@ def test_another_store_of_the_same_app(site: Site) -> None:
     """When the app's store was closed the next use makes another one, and values are kept over that."""
     site.there.set_cached(1, "k")
     site.await_kept("k", 1)
-    engine._stores.drop(site.here.app)
+    celery_settings._stores.drop(site.here.app)
     assert not site.kept("k")
     site.await_kept("k", 1)
     site.there.set_cached(2, "k")

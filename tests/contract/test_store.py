@@ -522,7 +522,7 @@ def test_password_is_not_shown(open_store: Open) -> None:
     ("url", "address"),
     [
         ("redis://h:7/2", "redis://h:7/2"),
-        ("rediss://h:7/2?ssl_cert_reqs=CERT_NONE", "redis://h:7/2"),
+        ("rediss://h:7/2?ssl_cert_reqs=CERT_NONE", "rediss://h:7/2"),
         ("unix:///tmp/s?db=3", "unix:///tmp/s"),
         ("redis+socket:///tmp/s?virtual_host=3", "unix:///tmp/s"),
         ("redis+socket://:pw@/tmp/s", "unix:///tmp/s"),

@@ -194,7 +194,7 @@ PROBLEMS = {
     "bracket": (f"redis://:{SECRET}[w0rd@h:1/0", "its host and port make no sense"),
     "parameter": (f"redis://:{SECRET}w0rd@h:1/0?nonsense=1", "nonsense"),
     "certificates": (f"rediss://:{SECRET}w0rd@h:1/0?ssl_cert_reqs=nonsense", "nonsense|must be set to"),
-    "provider": (f"redis://:{SECRET}w0rd@h:1/0?credential_provider=no.such.Provider", "no"),
+    "provider": (f"redis://:{SECRET}w0rd@h:1/0?credential_provider=no.such.Provider", "no|credential_provider"),
     "sentinel": (f"sentinel://:{SECRET}w0rd@h:26379;sentinel://i:26379", "Sentinel|must specify one of"),
 }
 
