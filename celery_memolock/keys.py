@@ -2,27 +2,45 @@
 
 Two calls share a key when they would run the task with the same arguments: `f(1)`, `f(x=1)` and a filled in
 default are one key. Values of different types never are: `1`, `1.0`, `True` and `"1"` are four keys.
+
+What a decorated function takes is what its decorator takes, which may add arguments of its own, anywhere. One that
+takes `*args, **kwargs` hides the names: who gives an argument by position does not tell which one it is, so that `f(1)`
+and `f(x=1)` are two keys.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import string
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
+from functools import _lru_cache_wrapper as lru_cache_wrapper
 from functools import lru_cache
 from hashlib import blake2b
 from inspect import Parameter, Signature
-from typing import Any
+from types import MethodType
+from typing import Any, Final
 from uuid import UUID
 
 from .errors import ArgumentError, OptionError
 from .options import Options
 
-__all__ = ["FORMAT", "KeyMaker", "Keys", "TagKeys", "entry_prefix", "inbox_channel", "pattern"]
+__all__ = [
+    "FORMAT",
+    "KeyMaker",
+    "Keys",
+    "TagKeys",
+    "apart",
+    "entry_prefix",
+    "inbox_channel",
+    "pattern",
+    "signature_of",
+]
 
 #: The version of everything stored under our names. A new one makes all older names invisible.
 FORMAT = "1"
@@ -114,15 +132,78 @@ def _quoted(task: str) -> str:
     return task.replace("%", "%25").replace(":", "%3A")
 
 
+# ---- what a function takes -------------------------------------------------------------------------------------
+
+#: Whose decorators hand on what they are given, though they take `*args, **kwargs`. So does `functools.lru_cache`.
+_HAND_ON: Final = ("celery.", "celery_memolock.")
+
+
+def signature_of(function: Callable[..., Any]) -> Signature:
+    """Return what a call of a function takes, as Celery reads it: not what a decorator of it may add.
+
+    A `__signature__` that a decorator sets counts.
+    """
+    function = _handed_on(function)
+    if sys.version_info >= (3, 14):
+        from annotationlib import Format
+
+        # What only type checkers import is not there to be evaluated.
+        return inspect.signature(function, follow_wrapped=False, annotation_format=Format.STRING)
+    return inspect.signature(function, follow_wrapped=False)
+
+
+def apart(signature: Signature, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Iterate over bound arguments, each of `*args` and `**kwargs` by itself, with what to call it in a message."""
+    for name, value in arguments.items():
+        match signature.parameters[name].kind:
+            case Parameter.VAR_POSITIONAL:
+                yield from ((f"{name}[{number}]", each) for number, each in enumerate(value))
+            case Parameter.VAR_KEYWORD:
+                yield from value.items()
+            case _:
+                yield name, value
+
+
+def _handed_on(function: Any) -> Any:
+    """Return the function that is given a call's arguments as they are."""
+    while hasattr(function, "__wrapped__"):
+        where = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+        if not where.startswith(_HAND_ON) and not isinstance(function, lru_cache_wrapper):
+            break
+        inner = function.__wrapped__
+        function = MethodType(inner, function.__self__) if inspect.ismethod(function) else inner
+    return function
+
+
+def _hidden_in(function: Any) -> list[list[str]]:
+    """Return the names that each of the functions takes that a decorated one has within, from the outermost on."""
+    found: list[list[str]] = []
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+        try:
+            parameters = signature_of(function).parameters.values()
+        except (TypeError, ValueError):  # it is written in C
+            break
+        found.append([each.name for each in parameters if each.kind not in _MANY])
+    return found
+
+
+_MANY: Final = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------
+
+
 class KeyMaker:
     """Makes the keys of one task's calls.
 
     Args:
         task: the task's name, the first part of every tag; there its colons are quoted as "%3A", and "%" as "%25".
-        signature: what the task takes (without `self`).
+        function: what the task runs.
         options: `key`, `ignore`, `prefix` and `version` are read, and `refresh_calls` checked.
         check: called with a call's arguments when they do not fit; it may raise the `TypeError` that the
             call itself would raise.
+        bound: whether the function's first argument is the task itself, which no caller gives.
 
     Raises:
         OptionError: `key` or `ignore` names something that is no argument of the task, or one of `refresh_calls`
@@ -132,18 +213,32 @@ class KeyMaker:
     def __init__(
         self,
         task: str,
-        signature: Signature,
+        function: Callable[..., Any],
         options: Options,
         check: Callable[..., object] | None = None,
+        *,
+        bound: bool = False,
     ) -> None:
         if set(task) & set("{}"):
             raise OptionError(f"task name {task!r} has braces, which mark the hash tag of a Redis key")
         self._task = task
         self._head = f"{_quoted(task)}:{options.version}:"
+        function = _handed_on(function)
+        signature = signature_of(MethodType(function, task) if bound else function)
         self._signature = signature
         self._options = options
         self._check = check
         names = signature.parameters
+        kinds = {each.kind: each.name for each in names.values()}
+        self._rest = kinds.get(Parameter.VAR_POSITIONAL)
+        self._more = kinds.get(Parameter.VAR_KEYWORD)
+        inner = _hidden_in(function) if self._rest or self._more else []
+        self._known = names.keys() | {name for each in inner for name in each}
+        # Whatever decorates a method is given the object, or the class, first.
+        is_method = _is_of_a_class(function) and not bound and not inspect.ismethod(function)
+        first = inner[-1][0] if is_method and inner and inner[-1] else None
+        hides = self._more is not None and next(iter(names)) == self._rest
+        self._self = first if hides and first in ("self", "cls") else None
         # A call that gives all arguments by position needs no binding, which takes longer than all the rest.
         plain = all(each.kind is Parameter.POSITIONAL_OR_KEYWORD for each in names.values())
         self._plain = tuple(names) if plain else None
@@ -151,13 +246,13 @@ class KeyMaker:
         self._remembers = not callable(options.key)
         self._remembered = lru_cache(512, typed=True)(lambda *args: self._keys(args, {}))
         for name in options.ignore:
-            if name not in names:
+            if name not in self._known:
                 raise OptionError(
                     f"memolock option ignore names {name!r}, which task {task!r} does not take; "
                     f"it takes: {', '.join(names) or 'nothing'}"
                 )
-        if isinstance(options.key, str):
-            _check_template(task, options.key, names)
+        wanted = _names_in(task, options.key, self._known) if isinstance(options.key, str) else set()
+        self._unnamed = wanted - names.keys()
         for call in options.refresh_calls if options.refresh_every is not None else ():
             try:
                 signature.bind(*call)
@@ -187,14 +282,22 @@ class KeyMaker:
             arguments: Mapping[str, Any] = dict(zip(self._plain, args, strict=True))
         else:
             arguments = self._bind(args, kwargs)
-        key = self._options.key
-        if key is None:
-            fingerprint = self._fingerprint(arguments)
+        head, key = self._head, self._options.key
+        if isinstance(key, str):
+            if self._unnamed:
+                more = arguments[self._more] if self._more is not None else {}
+                if not self._unnamed <= more.keys():
+                    # Nobody knows which argument is meant: all count. No template makes a key with such a head.
+                    return Keys.of(self._options.prefix, f"{head[:-1]}p:{self._fingerprint(arguments)}")
+                arguments = {**more, **arguments}
+            fingerprint = self._custom(key.format(**arguments))
         else:
-            fingerprint = self._custom(key.format(**arguments) if isinstance(key, str) else key(*args, **kwargs))
-        return Keys.of(self._options.prefix, self._head + fingerprint)
+            fingerprint = self._fingerprint(arguments) if key is None else self._custom(key(*args, **kwargs))
+        return Keys.of(self._options.prefix, head + fingerprint)
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._self is not None and args and self._self not in kwargs:
+            args, kwargs = args[1:], {self._self: args[0], **kwargs}
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -206,18 +309,30 @@ class KeyMaker:
 
     def _fingerprint(self, arguments: Mapping[str, Any]) -> str:
         parts: list[str] = []
+        ignored = self._options.ignore
         for name, value in arguments.items():
-            if name in self._options.ignore:
+            if name in ignored:
                 continue
+            counted = value
+            if name == self._more and ignored:
+                counted = {each: value[each] for each in value if each not in ignored}
             parts.append(name)
             try:
-                _encode(value, parts)
+                _encode(counted, parts)
             except _Unencodable as error:
-                raise ArgumentError(
-                    f"argument {name!r} of task {self._task!r} cannot become part of a key: {error}. "
-                    f"Pass plain data, leave it out with ignore=({name!r},), or say how with key="
-                ) from None
+                raise self._unencodable(name, counted, error) from None
         return _digest("".join(parts))
+
+    def _unencodable(self, name: str, value: Any, error: _Unencodable) -> ArgumentError:
+        each_of_it = apart(self._signature, {name: value})
+        at_fault = next((label for label, each in each_of_it if not _has_form(each)), name)
+        leave = f"leave it out with ignore=({at_fault if at_fault in self._known else name!r},)"
+        if name == self._rest:
+            leave = "give it by its name and leave that out with ignore="
+        return ArgumentError(
+            f"argument {at_fault!r} of task {self._task!r} cannot become part of a key: {error}. "
+            f"Pass plain data, {leave}, or say how with key="
+        )
 
     def _custom(self, key: object) -> str:
         if not isinstance(key, str) or not key:
@@ -246,17 +361,28 @@ def _digest(text: str) -> str:
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _check_template(task: str, template: str, names: Mapping[str, Parameter]) -> None:
+def _is_of_a_class(function: Any) -> bool:
+    of, _, _ = getattr(function, "__qualname__", "").rpartition(".")
+    return bool(of) and not of.endswith("<locals>")
+
+
+def _names_in(task: str, template: str, names: Set[str]) -> set[str]:
+    """Return the arguments that a template names.
+
+    Raises:
+        OptionError: it names none, or one that is not there.
+    """
     try:
         wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise OptionError(f"memolock option key={template!r} of task {task!r}: {error}") from None
-    for name in wanted:
-        root = name.split(".")[0].split("[")[0]
+    roots = {name.split(".")[0].split("[")[0] for name in wanted}
+    for root in sorted(roots):
         if root not in names:
             raise OptionError(f"memolock option key={template!r} names {root!r}, which task {task!r} does not take")
     if not wanted:
         raise OptionError(f"memolock option key={template!r} of task {task!r} names no argument: one key for all calls")
+    return roots
 
 
 class _Unencodable(Exception):
@@ -303,6 +429,14 @@ def _encode(value: Any, out: list[str]) -> None:
         out.append(f"{type(value).__name__}{value};")
     else:
         raise _Unencodable(f"a {type(value).__module__}.{type(value).__qualname__} has no canonical form")
+
+
+def _has_form(value: Any) -> bool:
+    try:
+        _encoded(value)
+    except _Unencodable:
+        return False
+    return True
 
 
 def _encoded(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import re
 import time
@@ -37,7 +36,7 @@ from .effects import (
 from .engine import Engine
 from .errors import ArgumentError, MemoLockError, OptionError, StoreUnavailable
 from .flight import Flight, flying
-from .keys import FORMAT, Keys
+from .keys import FORMAT, Keys, apart, signature_of
 from .memo import Memo, computing
 from .options import CALLER_OPTIONS, Options, Progress, call_options
 from .protocol import compute
@@ -336,7 +335,8 @@ def unsendable(
         dumps: serialises a value.
     """
     function, args, kwargs = call
-    for name, value in inspect.signature(function).bind(*args, **kwargs).arguments.items():
+    signature = signature_of(function)
+    for name, value in apart(signature, signature.bind(*args, **kwargs).arguments):
         try:
             dumps(value)
         except Exception as why:

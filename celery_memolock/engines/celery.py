@@ -85,10 +85,9 @@ class MemoLockTask(CallerMethods[P, R], _Task[P, R]):
             cls.Request = request_class(own[0])
         if cls.__dict__.get("memolock") is not None:
             checked = Options.build(cls.__dict__["memolock"])
-            run: Any = cls.run
+            run, bound = _run_of(cls)
             if run is not celery.Task.run:
-                static = isinstance(inspect.getattr_static(cls, "run"), staticmethod)
-                _check(name, run, checked, bound=not static)
+                _check(name, run, checked, bound=bound)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Put the flight around the task's `run`, as Celery does for what it adds."""
@@ -110,10 +109,9 @@ class MemoLockTask(CallerMethods[P, R], _Task[P, R]):
             if self.memolock is None:
                 raise OptionError(f"task {self.name!r} has no memolock options; give it memolock={{'ttl': seconds}}")
             options = Options.build(self.memolock, defaults_of(self.app))
-            run: Any = self._body
-            bound = inspect.ismethod(run)
-            check = head_from_fun(run.__func__ if bound else run, bound=bound)  # fails as the call itself would
-            maker = KeyMaker(self.name, inspect.signature(run), options, check)
+            run, bound = _run_of(type(self))
+            check = head_from_fun(run, bound=bound)  # fails as the call itself would
+            maker = KeyMaker(self.name, run, options, check, bound=bound)
             shape = Shape.of(self.name, run) if options.typed else None
             self._memo = Memo(self.name, CeleryEngine(self), options, maker, Codec(self.name, options, shape))
         return self._memo
@@ -317,11 +315,18 @@ def _base(given: type[Any] | None) -> type[Any]:
     return type(given.__name__, (MemoLockTask, given), {"abstract": True, "__module__": given.__module__})
 
 
+def _run_of(task: type[celery.Task[Any, Any]]) -> tuple[Callable[..., Any], bool]:
+    """Return a task's own function, and whether it takes the task first.
+
+    That of the class: each process may have wrapped the one of the task itself in its own way, as Sentry does in
+    workers, and all are to make the same keys.
+    """
+    run: Any = task.run
+    return run, not isinstance(inspect.getattr_static(task, "run"), staticmethod | classmethod)
+
+
 def _check(name: str, run: Callable[..., Any], options: Options, *, bound: bool) -> None:
     """Raise `OptionError` where a task is defined for what its options and its function do not agree on."""
-    signature = inspect.signature(run)
-    if bound:
-        signature = signature.replace(parameters=list(signature.parameters.values())[1:])
-    KeyMaker(name, signature, options)
+    KeyMaker(name, run, options, bound=bound)
     if options.typed:
         Shape.check(name, run)

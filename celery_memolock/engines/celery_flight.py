@@ -117,7 +117,7 @@ class CeleryEngine(InThreads):
 
     def _unsendable(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> ArgumentError:
         name = self._task.serializer or self._task.app.conf.task_serializer
-        whose, call = f"task {self._task.name!r}", (self._task.run, args, kwargs)
+        whose, call = f"task {self._task.name!r}", (self._task._body, args, kwargs)
         found = unsendable(
             whose, call, f"Celery's serializer {name!r}", lambda value: serialization.dumps(value, serializer=name)
         )

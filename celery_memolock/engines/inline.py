@@ -830,7 +830,7 @@ def _memo(
     if options.typed:
         shape = Shape.of(name, function)
     engine = _Engine(server, function, starts_loop)
-    maker = KeyMaker(name, inspect.signature(function), options)
+    maker = KeyMaker(name, function, options)
     engine.memo = Memo(name, engine, options, maker, Codec(name, options, shape))
     return engine.memo
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
 import time
@@ -528,7 +527,7 @@ def memolocked_job(
         path = f"{function.__module__}.{function.__qualname__}"
         shape = Shape.of(path, function) if checked.typed else None
         engine = _RqEngine(where, path, function, options)
-        maker = KeyMaker(path, inspect.signature(function), checked)
+        maker = KeyMaker(path, function, checked)
         engine.memo = Memo(path, engine, checked, maker, Codec(path, checked, shape))
 
         @functools.wraps(function)

@@ -564,6 +564,49 @@ def test_methods_from_asyncio(memo: MemoLock) -> None:
     assert [site.ran for site in sites] == [["x"], ["x"]]
 
 
+def with_session(function: Any) -> Any:
+    """Add an argument in front, behind the object of a method."""
+
+    @functools.wraps(function)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, "session", *args, **kwargs)
+
+    return wrapper
+
+
+def traced(function: Any) -> Any:
+    """Add nothing."""
+    return functools.wraps(function)(lambda *args, **kwargs: function(*args, **kwargs))
+
+
+def test_decorated_methods(memo: MemoLock) -> None:
+    """Below a decorator a method is one still, by whichever way it is called."""
+
+    class Site:
+        @memo.memoize(ignore=["self"])
+        @with_session
+        def page(self, session: str, name: str) -> str:
+            return f"{session} {name}"
+
+        @memo.memoize(ignore=["self"])
+        @traced
+        def plain(self, name: str) -> str:
+            return name
+
+        @classmethod
+        @memo.memoize(ignore=["cls"])
+        @traced
+        def of_class(cls, name: str) -> str:
+            return name
+
+    site: Any = Site()
+    of_class: Any = Site
+    for name in ("a", "b"):
+        assert site.page(name) == of_class.page.get_cached(site, name) == site.page.peek(name) == f"session {name}"
+        assert site.plain(name) == site.plain(name=name) == site.plain.peek(name) == name
+        assert of_class.of_class(name) == site.of_class(name) == name
+
+
 def test_static_and_class_methods(memo: MemoLock) -> None:
     """`memoize` goes below the decorators of Python."""
     site: Any = Site(memo, "a")

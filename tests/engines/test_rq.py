@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import subprocess
@@ -326,6 +327,27 @@ def test_eager(server: Server, prefix: str, key: str) -> None:
 
         assert there.get_cached(key) == key
         assert there.peek(key) is MISS
+
+
+def test_decorator_that_adds_an_argument(server: Server, prefix: str) -> None:
+    """What the job takes its callers give."""
+
+    def with_session(function: Any) -> Any:
+        return functools.wraps(function)(lambda *args, **kwargs: function(*args, session="session", **kwargs))
+
+    with redis.Redis.from_url(server.url) as connection:
+        queue = rq.Queue(prefix, is_async=False, connection=connection)
+
+        @memolocked_job(queue, ttl=60, prefix=prefix, key="{number}")
+        @with_session
+        def doubled(number: int, session: str) -> list[Any]:
+            return [2 * number, session]
+
+        for number in (3, 4):
+            assert doubled.get_cached(number) == doubled.get_cached(number=number) == [2 * number, "session"]
+            assert doubled.peek(number) == doubled.peek(number=number) == [2 * number, "session"]
+        with pytest.raises(TypeError, match="number"):
+            doubled.get_cached()
 
 
 def test_wrong_options() -> None:

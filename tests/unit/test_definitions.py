@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from celery.worker.request import Request
 
 from celery_memolock import MemoLock, MemoLockTask, OptionError, memolocked_task
 from celery_memolock.engines.celery_worker import FlightRequest
+from celery_memolock.rq import memolocked_job
 
 
 @pytest.fixture
@@ -51,6 +53,45 @@ def test_typed_with_a_type(app: Celery) -> None:
 
     made = app.task(base=Base, shared=False, lazy=False, name="says")(says)
     assert made.memo.codec.typed
+
+
+def test_wrappers_of_the_run(app: Celery) -> None:
+    """Celery's own wrappers, and what somebody wraps around one process's task, change no key; nor do our own."""
+
+    def plain(key: str, count: int = 1) -> list[int]:
+        return [len(key)]
+
+    def bound(self: Any, key: str, count: int = 1) -> list[int]:
+        return [len(key)]
+
+    expected = memolocked_task(app=app, ttl=5, name="t")(plain).memo.call(("a", 1), {}).keys
+    for number, options in enumerate(({"autoretry_for": (KeyError,)}, {"pydantic": True}, {})):
+        for bind in (False, True):
+            own = Celery("own", set_as_current=False, broker="memory://")
+            task: Any = memolocked_task(app=own, ttl=5, name="t", bind=bind, **options)(bound if bind else plain)
+            if not number:
+                task.run = functools.wraps(task.run)(lambda *args, **kwargs: [1])
+            for args, kwargs in ((("a",), {}), ((), {"key": "a"}), (("a",), {"count": 1})):
+                assert task.memo.call(args, kwargs).keys == expected
+    memoized = MemoLock(ttl=5).memoize(name="m")(plain)
+    twice = MemoLock(ttl=5).memoize(name="t")(memoized)
+    job = memolocked_job(ttl=5)(plain)
+    assert twice.memo.call((), {"key": "a"}).keys == expected
+    assert (
+        memolocked_task(app=app, ttl=5, name="u")(job).memo.call((), {"key": "a"}).keys.tag.endswith(expected.tag[1:])
+    )
+
+
+def test_typed_below_a_decorator(app: Celery) -> None:
+    """What a function says that it returns is its own word, through any decorator."""
+
+    @functools.wraps(says)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return says(*args, **kwargs)
+
+    assert memolocked_task(app=app, ttl=5, typed=True)(wrapper).memo.codec.typed
+    decorated = MemoLock(ttl=5, eager=True).memoize(typed=True)(wrapper)
+    assert decorated.memo.codec.typed
 
 
 def test_refresh_calls_that_do_not_fit(app: Celery) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 import random
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta, timezone
@@ -28,7 +30,7 @@ def plain(x: Any, y: Any = 2) -> None:
 
 
 def maker(function: Callable[..., Any] = f, **options: Any) -> KeyMaker:
-    return KeyMaker("shop.f", inspect.signature(function), Options(ttl=5, **options))
+    return KeyMaker("shop.f", function, Options(ttl=5, **options))
 
 
 def key(*args: Any, **kwargs: Any) -> Keys:
@@ -196,14 +198,14 @@ def test_names_share_one_slot() -> None:
 def test_braces_in_a_task_name() -> None:
     """A task's name may not have braces."""
     with pytest.raises(OptionError, match="braces"):
-        KeyMaker("a{b}", inspect.signature(f), Options(ttl=5))
+        KeyMaker("a{b}", f, Options(ttl=5))
 
 
 @pytest.mark.parametrize(("one", "other"), [("user", "user:1"), ("a:b", "a%3Ab"), ("a%:b", "a%25:b")])
 def test_colons_in_a_task_name(one: str, other: str) -> None:
     """They end no part of a key: no two tasks share a name, nor does one's begin as all of another's do."""
     options = Options(ttl=5, key=lambda text: text)
-    ours, theirs = (KeyMaker(name, inspect.signature(lambda text: text), options) for name in (one, other))
+    ours, theirs = (KeyMaker(name, lambda text: text, options) for name in (one, other))
     assert ours.keys(("1:7",), {}) != theirs.keys(("7",), {})
     theirs_entry = theirs.keys(("7",), {}).entry
     assert not theirs_entry.startswith(entry_prefix("memolock", one))
@@ -224,3 +226,147 @@ def test_tags_that_cannot_be_sent() -> None:
     """Half of a character of two, as a broken text may hold, has a name that can be sent, and one of its own."""
     names = TagKeys.of("memolock", "f", ["\ud83d", "\ude00", "\U0001f600", "a\n"]).all
     assert len({name.encode() for name in names}) == 4
+
+
+# ---- decorated functions ---------------------------------------------------------------------------------------
+
+
+def decorator(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a decorator of what it does with the function and a call's arguments."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return call(function, args, kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+SESSION = object()
+plainly = decorator(lambda function, args, kwargs: function(*args, **kwargs))
+by_name = decorator(lambda function, args, kwargs: function(*args, session=SESSION, **kwargs))
+in_front = decorator(lambda function, args, kwargs: function(SESSION, *args, **kwargs))
+DECORATORS = {
+    "plainly": plainly,
+    "by name": by_name,
+    "by name, twice": lambda function: plainly(by_name(function)),
+    "where it is not given": decorator(lambda f, args, kwargs: f(*args, **{"session": SESSION, "y": 9} | kwargs)),
+    "in front": in_front,
+    "two in front": decorator(lambda function, args, kwargs: function(SESSION, 7, *args, **kwargs)),
+    "the first is dropped": decorator(lambda function, args, kwargs: function(*args[1:], **kwargs)),
+    "reversed": decorator(lambda function, args, kwargs: function(*reversed(args), **kwargs)),
+    "the last becomes the first": decorator(lambda function, args, kwargs: function(*args[-1:], *args[:-1], **kwargs)),
+}
+
+
+def inner(x: Any, y: Any = 2, session: Any = None) -> dict[str, Any]:
+    """Return what came."""
+    return {"x": x, "y": y}
+
+
+def inner_behind(session: Any, x: Any, y: Any = 2) -> dict[str, Any]:
+    """Return what came, with the session in front."""
+    return {"x": x, "y": y}
+
+
+def outcome(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", DECORATORS)
+@pytest.mark.parametrize("function", [inner, inner_behind])
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        ({}, ["x", "y"]),
+        ({"ignore": ("y",)}, ["x"]),
+        ({"ignore": ("session", "y")}, ["x"]),
+        ({"key": "{x}"}, ["x"]),
+        ({"key": "{x}-{y}"}, ["x", "y"]),
+    ],
+)
+def test_no_two_calls_share_a_key(name: str, function: Any, options: Any, counts: list[str]) -> None:
+    """Whatever a decorator does with the arguments: one key stands for one and the same, and each call has a key."""
+    decorated = DECORATORS[name](function)
+    made = maker(decorated, **options)
+    seen: dict[str, Any] = {}
+    values = (2, 7, 9)
+    for count in range(4):
+        for args in itertools.product(values, repeat=count):
+            for named in ((), ("x",), ("y",), ("x", "y"), ("session",), ("x", "session")):
+                for given in itertools.product(values, repeat=len(named)):
+                    kwargs = dict(zip(named, given, strict=True))
+                    came = outcome(decorated, args, kwargs)
+                    tag = made.keys(args, kwargs).tag
+                    if isinstance(came, dict) or not options:  # whether a call fails may hang on what does not count
+                        counted = {each: came[each] for each in counts} if isinstance(came, dict) else came
+                        assert seen.setdefault(tag, counted) == counted, (args, kwargs)
+    assert seen
+
+
+def test_what_a_decorator_hides() -> None:
+    """An argument that it adds is not asked for. By name and by position are two keys; by name templates are filled."""
+    for function in (by_name(inner), in_front(inner_behind)):
+        made = maker(function, key="{x}", refresh_every=1, refresh_calls=[(3,)])
+        assert made.keys((), {"x": 3}).tag == "shop.f:1:3"
+        assert len({made.keys((3,), {}), made.keys((4,), {}), made.keys((), {"x": 3})}) == 3
+        with pytest.raises(OptionError, match="names 'z'"):
+            maker(function, key="{z}")
+        with pytest.raises(OptionError, match="ignore names 'z'"):
+            maker(function, ignore=("z",))
+    assert maker(by_name(inner), key="{y}").keys((3,), {"y": 4}).tag == "shop.f:1:4"
+    ignoring = maker(by_name(inner), ignore=("y",))
+    assert ignoring.keys((3,), {"y": object()}) == ignoring.keys((3,), {})
+    with pytest.raises(ArgumentError, match=r"argument 'args\[1\]' of task .* give it by its name and leave"):
+        ignoring.keys((3, object()), {})
+    with pytest.raises(ArgumentError, match=r"argument 'x' of task .* leave it out with ignore=\('x',\)"):
+        ignoring.keys((), {"x": object()})
+
+
+def test_what_a_decorator_says() -> None:
+    """Its own parameters have names, and a signature that it sets is meant."""
+
+    @functools.wraps(inner)
+    def named(x: int, **more: Any) -> Any:
+        return inner(x, session=SESSION, **more)
+
+    made = maker(named, key="{x}-{y}")
+    assert made.keys((3,), {"y": 4}) == made.keys((), {"x": 3, "y": 4})
+    with pytest.raises(TypeError, match="missing a required argument: 'x'"):
+        made.keys((), {"y": 4})
+    said = by_name(inner)
+    said.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
+    assert maker(said).keys((3,), {}) == maker(said).keys((), {"x": 3, "y": 2}) == maker(plain).keys((3,), {})
+    assert maker(functools.lru_cache(plain)).keys((3,), {}) == maker(plain).keys((), {"x": 3})
+
+
+class Shop:
+    """Has methods with decorators."""
+
+    @plainly
+    def method(self, x: int) -> None:
+        """Take an object."""
+
+    @plainly
+    def of_class(cls, x: int) -> None:
+        """Take a class."""
+
+    @staticmethod
+    @in_front
+    def static(session: Any, x: int) -> None:
+        """Take neither."""
+
+
+def test_a_decorated_method() -> None:
+    """Its object comes first, also through a decorator, and is known by its name."""
+    for method, name, given in ((Shop.method, "self", Shop()), (Shop.of_class, "cls", Shop)):
+        made = maker(method, ignore=(name,))
+        assert made.keys((given, 3), {}) == made.keys((None, 3), {}) != made.keys((given, 4), {})
+        assert maker(method, key=f"{{{name}}}-{{x}}").keys((1,), {"x": 2}).tag == "shop.f:1:1-2"
+    static = maker(Shop.static, ignore=("session",))
+    assert static.keys((3,), {}) != static.keys((4,), {})

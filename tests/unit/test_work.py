@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from typing import Any, cast
 
@@ -29,7 +28,7 @@ class Nothing:
 
 def memo_of(**of_task: Any) -> Memo[..., Any]:
     options = Options(ttl=5, lease=3, **of_task)
-    maker = KeyMaker("t", inspect.signature(len), options)
+    maker = KeyMaker("t", len, options)
     return Memo("t", cast(Engine, Nothing()), options, maker, Codec("t", options))
 
 

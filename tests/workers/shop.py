@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import threading
 import time
@@ -443,11 +444,24 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
         ran(key)
         raise WAYS_OUT[way]
 
+    def with_session(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return function("a session", *args, **kwargs)
+
+        return wrapper
+
+    @memolocked_task(app=app, ttl=60, name="shop.injected", bind=True, key="{key}", autoretry_for=(Sold,))
+    @with_session
+    def injected(session: str, self: Any, key: str) -> list[str]:
+        ran(key)
+        return [key, session, self.name]
+
     by_class: Task[Any, Any] = app.register_task(ByClass())
     tasks = [stock, plain, slow, gated, failing, unencodable, bound, flaky, retrying, outer, circle, with_base, add]
     tasks += [near, ping, pong, ending, early, soft, hard, expiring, sourced, crowded, missing]
     tasks += [counted, chosen, told, tagged, fallback, typed, reporting, warm, outside, indexed]
-    tasks += [labelled, mistagged, jittered, lines, hooked, leaving]
+    tasks += [labelled, mistagged, jittered, lines, hooked, leaving, injected]
     named = {task.name.removeprefix("shop."): task for task in [*tasks, by_class]}
     return Shop(app, records, tasks=named)
 

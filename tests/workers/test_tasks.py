@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from celery import chain, group
 
-from celery_memolock import MISS, FlightFailed, ReentrantFlight, WaitTimeout, memolocked_task
+from celery_memolock import MISS, ArgumentError, FlightFailed, ReentrantFlight, WaitTimeout, memolocked_task
 from celery_memolock.server import Server
 from celery_memolock.testing import Link
 from tests.workers.conftest import in_a_process, in_background, until
@@ -206,6 +206,22 @@ def test_nested_on_a_pool_of_one(server: Server, start_worker: Callable[..., Any
     inner = f"inner of {key}"
     assert made.outer.get_cached(key) == [[inner, "stock"], [inner, "stock"]]
     assert made.ran(inner) == 1
+
+
+def test_decorator_that_adds_an_argument(any_shop: AnyShop, key: str) -> None:
+    """What `delay` takes `get_cached` takes; what it cannot tell before the run fails as the run does."""
+    made, *_ = any_shop
+    for name in (key, f"{key} 2"):
+        expected = [name, "a session", "shop.injected"]
+        assert made.injected.delay(name).get(timeout=30) == expected
+        assert made.injected.get_cached(name) == made.injected.peek(name) == expected
+        assert made.injected.get_cached(key=name) == expected
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'key'"):
+        made.injected.get_cached()
+    with pytest.raises(
+        ArgumentError, match=r"argument 'args\[0\]' of task 'shop\.injected', a bytearray, cannot be sent"
+    ):
+        made.injected.get_cached(bytearray(b"1"))
 
 
 def test_routing(server: Server, start_worker: Callable[..., Any], key: str) -> None:
