@@ -155,8 +155,8 @@ def test_stopped(jobs: Any, start: Start, key: str) -> None:
     rq_jobs.await_start(jobs, key)
     (job_id,) = jobs.queue.started_job_registry.get_job_ids()
     send_stop_job_command(jobs.queue.connection, job_id)
-    with pytest.raises(FlightFailed, match="was stopped"):
-        waiter.result(10)
+    with pytest.raises(FlightFailed, match="was stopped"):  # a lease that ran out would say otherwise
+        waiter.result(30)
     with pytest.raises(FlightFailed, match="was stopped"):  # for its `error_ttl`
         gated.get_cached(key)
     until(lambda: jobs.queue.connection.get(f"stopped:{key}"))
