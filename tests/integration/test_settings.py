@@ -126,12 +126,12 @@ def new(**settings: Any) -> Celery:
 @of_an_app("tcp", "default", "0")
 def broker_in_the_environment(place: Place, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("CELERY_BROKER_URL", place.url)
-    return new(broker=AWAY)
+    return new(broker="memory://", backend=AWAY)
 
 
 @of_an_app("tcp", "default", "0")
 def broker_to_write_to(place: Place, _: Any) -> Any:
-    return new(broker=AWAY, broker_read_url=AWAY, broker_write_url=f"{place.url};{AWAY}")
+    return new(broker="memory://", broker_read_url=AWAY, broker_write_url=f"{place.url};{AWAY}")
 
 
 @of_an_app("tcp", USER, "3")
