@@ -70,7 +70,7 @@ def _answered(app: Any, connection: Any, queue: str) -> str:
     return f"{text}: is one running, or busy in a pool that cannot answer meanwhile, such as solo?"
 
 
-_BUSY: Final = "busy, or a retry waits for its time"
+_BUSY: Final = "busy, or a retry waits for its time, or a log of theirs says what keeps them"
 
 
 class _Found(Exception):

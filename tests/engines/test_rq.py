@@ -150,7 +150,7 @@ def test_an_invalidated_flight_is_not_retried(jobs: Any, start: Start, key: str)
 def test_stopped(jobs: Any, start: Start, key: str) -> None:
     """A job that is stopped on request fails for all who wait at once, in RQ's own worker; the user's callback runs."""
     start()
-    gated = jobs.gated.with_options(error_ttl=30)
+    gated = jobs.gated.with_options(error_ttl=30, lease=30)
     waiter = in_background(gated.get_cached, key)
     rq_jobs.await_start(jobs, key)
     (job_id,) = jobs.queue.started_job_registry.get_job_ids()
