@@ -282,7 +282,20 @@ class Memo(Generic[P, R]):
             logger.warning("memolock counts an unreadable entry as a miss (said once): %s", error)
 
 
-class CallerMethods(Generic[P, R]):
+if TYPE_CHECKING:
+
+    class _Typed(Generic[P, R]):
+        pass
+else:
+
+    class _Typed:
+        """Has no `Generic` at run time, which every class must have in the same place of its line of bases."""
+
+        def __class_getitem__(cls, _: Any) -> type:
+            return cls
+
+
+class CallerMethods(_Typed[P, R]):
     """The methods that callers use, for a task and for `with_options` alike."""
 
     @property

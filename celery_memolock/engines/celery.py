@@ -23,7 +23,7 @@ from ..memo import CallerMethods, Memo
 from ..options import Options
 from ..shape import Shape
 from .celery_beat import REFRESHING, schedule
-from .celery_flight import CeleryEngine, FlightMessage, keep_header, until, with_flights
+from .celery_flight import CeleryEngine, FlightMessage, message_of, until, with_flights
 from .celery_settings import defaults_of
 
 __all__ = ["MemoLockTask", "memolocked_task"]
@@ -40,6 +40,8 @@ _OPTION_NAMES = frozenset(f.name for f in fields(Options))
 #: What Celery makes of a message in the worker's main process, by name, as only workers import it; and its own.
 _REQUEST: Final = "celery_memolock.engines.celery_worker:FlightRequest"
 _CELERYS_REQUEST: Final = celery.Task.Request
+
+_RETRY: Final = inspect.signature(celery.Task.retry)
 
 if TYPE_CHECKING:
 
@@ -70,8 +72,8 @@ class MemoLockTask(CallerMethods[P, R], _Task[P, R]):
     Request = _REQUEST
     memolock: ClassVar[Mapping[str, Any] | None] = None
 
-    _memo: Memo[P, R] | None = None
-    _body: Callable[..., R]
+    # Named so that no attribute of a task's own meets them.
+    __memo: Memo[P, R] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -83,8 +85,8 @@ class MemoLockTask(CallerMethods[P, R], _Task[P, R]):
             from .celery_worker import request_class  # late, as only a class with a Request of its own needs it here
 
             cls.Request = request_class(own[0])
-        if cls.__dict__.get("memolock") is not None:
-            checked = Options.build(cls.__dict__["memolock"])
+        if cls.memolock is not None and not vars(cls).keys().isdisjoint(("memolock", "run")):
+            checked = Options.build(cls.memolock)
             run, bound = _run_of(cls)
             if run is not celery.Task.run:
                 _check(name, run, checked, bound=bound)
@@ -92,7 +94,6 @@ class MemoLockTask(CallerMethods[P, R], _Task[P, R]):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Put the flight around the task's `run`, as Celery does for what it adds."""
         task: Any = super().__new__(cls)
-        task._body = task.run
         # A retry is the end of one run of a flight, so the flight goes around it. Celery itself would add it later.
         add_autoretry_behaviour(task)
         task.run = with_flights(task, task.run)
@@ -105,7 +106,7 @@ class MemoLockTask(CallerMethods[P, R], _Task[P, R]):
         Raises:
             OptionError: an option is missing or makes no sense.
         """
-        if self._memo is None:
+        if self.__memo is None:
             if self.memolock is None:
                 raise OptionError(f"task {self.name!r} has no memolock options; give it memolock={{'ttl': seconds}}")
             options = Options.build(self.memolock, defaults_of(self.app))
@@ -113,8 +114,8 @@ class MemoLockTask(CallerMethods[P, R], _Task[P, R]):
             check = head_from_fun(run, bound=bound)  # fails as the call itself would
             maker = KeyMaker(self.name, run, options, check, bound=bound)
             shape = Shape.of(self.name, run) if options.typed else None
-            self._memo = Memo(self.name, CeleryEngine(self), options, maker, Codec(self.name, options, shape))
-        return self._memo
+            self.__memo = Memo(self.name, CeleryEngine(self), options, maker, Codec(self.name, options, shape))
+        return self.__memo
 
     @classmethod
     def on_bound(cls, app: Any) -> None:
@@ -132,32 +133,17 @@ class MemoLockTask(CallerMethods[P, R], _Task[P, R]):
         """
         return self.signature(args, kwargs, headers=REFRESHING, ignore_result=True)
 
-    def signature_from_request(self, request: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Return the signature of a retry, with what its message needs to stay a flight's."""
-        request = self.request if request is None else request
-        keep_header(request)
-        return super().signature_from_request(request, *args, **kwargs)
-
-    subtask_from_request = signature_from_request  # as Celery has it
-
-    def retry(
-        self,
-        args: Any = None,
-        kwargs: Any = None,
-        exc: Any = None,
-        throw: bool = True,
-        eta: Any = None,
-        countdown: Any = None,
-        max_retries: Any = None,
-        **options: Any,
-    ) -> Any:
+    def retry(self, *args: Any, **options: Any) -> Any:
         """Retry the task as Celery does; a flight goes on through all its retries, and its waiters keep waiting."""
-        flight: FlightMessage | None = getattr(self.request, "memolock_flight", None)
-        limit = self.max_retries if max_retries is None else max_retries
-        if flight is not None and flight.running and (limit is None or self.request.retries < limit):
-            delay = self.default_retry_delay if countdown is None else countdown
-            flight.requeue(self.request.retries + 1, until(eta) if eta else float(delay or 0))
-        return super().retry(args, kwargs, exc, throw, eta, countdown, max_retries, **options)
+        flight: FlightMessage | None = getattr(message_of(self), "memolock_flight", None)
+        if flight is not None and flight.running:
+            given: dict[str, Any] = _RETRY.bind(self, *args, **options).arguments
+            limit = self.max_retries if given.get("max_retries") is None else given["max_retries"]
+            if limit is None or self.request.retries < limit:
+                countdown, eta = given.get("countdown"), given.get("eta")
+                delay = self.default_retry_delay if countdown is None else countdown
+                flight.requeue(self.request.retries + 1, until(eta) if eta else float(delay or 0))
+        return super().retry(*args, **options)
 
 
 def _derive_from_apps_class(name: str, cls: type[Any]) -> None:
@@ -292,8 +278,6 @@ def memolocked_task(*, ttl: Ttl, app: Any = None, **options: Any) -> Any:
     checked = Options.build(ours)
 
     def decorate(function: Callable[..., Any]) -> Any:
-        if inspect.iscoroutinefunction(function):
-            raise OptionError(f"{function.__qualname__} is an async function, which Celery's workers do not run")
         _check(function.__name__, function, checked, bound=bool(options.get("bind")))
         if app is not None:
             # Celery would register the task with all other apps of the process as well.
@@ -327,6 +311,8 @@ def _run_of(task: type[celery.Task[Any, Any]]) -> tuple[Callable[..., Any], bool
 
 def _check(name: str, run: Callable[..., Any], options: Options, *, bound: bool) -> None:
     """Raise `OptionError` where a task is defined for what its options and its function do not agree on."""
+    if inspect.iscoroutinefunction(run):
+        raise OptionError(f"{run.__qualname__} is an async function, which Celery's workers do not run")
     KeyMaker(name, run, options, bound=bound)
     if options.typed:
         Shape.check(name, run)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextvars import ContextVar
 from datetime import datetime, timezone
 from typing import Any, Final
 
@@ -29,7 +30,7 @@ from .celery_beat import HEADER, is_refresh, note_run, run_refresh
 from .celery_queues import attendance
 from .celery_settings import store_of
 
-__all__ = ["CeleryEngine", "FlightMessage", "header_in", "ticket_in", "with_flights"]
+__all__ = ["CeleryEngine", "FlightMessage", "message_of", "ticket_in", "with_flights"]
 
 logger = logging.getLogger("celery_memolock")
 
@@ -81,11 +82,15 @@ class CeleryEngine(InThreads):
 
     def send(self, ticket: Ticket, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: float) -> None:
         """Publish the flight's message; see `Engine.send`."""
-        task = self._task
+        task, headers = self._task, self._headers(ticket)
 
         def publish() -> None:
-            # Nobody asks for this result by its task id, so it needs no place in a result backend.
-            task.apply_async(args, dict(kwargs), headers=self._headers(ticket), ignore_result=True)
+            before = _publishing.set((task.name, headers))
+            try:
+                # Nobody asks for this result by its task id, so it needs no place in a result backend.
+                task.apply_async(args, dict(kwargs), headers=headers, ignore_result=True)
+            finally:
+                _publishing.reset(before)
 
         try:
             within(timeout, publish)
@@ -117,7 +122,7 @@ class CeleryEngine(InThreads):
 
     def _unsendable(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> ArgumentError:
         name = self._task.serializer or self._task.app.conf.task_serializer
-        whose, call = f"task {self._task.name!r}", (self._task._body, args, kwargs)
+        whose, call = f"task {self._task.name!r}", (self._task.run, args, kwargs)
         found = unsendable(
             whose, call, f"Celery's serializer {name!r}", lambda value: serialization.dumps(value, serializer=name)
         )
@@ -146,11 +151,22 @@ def ticket_in(headers: Any) -> Ticket | None:
     return None if header is None or is_refresh(header) else read_ticket(header)
 
 
-def keep_header(request: Any) -> None:
-    """Put what is ours where Celery takes a retry's headers from."""
-    header = header_in(vars(request))
-    if header is not None:
-        request.headers = {**(request.headers or {}), HEADER: header}
+#: Whose message this context publishes, by its task's name, and with which headers.
+_publishing: ContextVar[tuple[str, Mapping[str, Any]] | None] = ContextVar("celery_memolock_publishing", default=None)
+
+
+def _on_publish(sender: Any, body: Any, headers: dict[str, Any], **_: Any) -> None:
+    """Put what is ours into a message at last: a class's `apply_async` or an instrumentation may have dropped it."""
+    publishing, task = _publishing.get(), _state.get_current_task()
+    if publishing is not None and publishing[0] == sender:
+        headers.update(publishing[1])
+    elif task is not None and task.name == sender and (request := message_of(task)) is not None:
+        by_protocol_1 = body if isinstance(body, Mapping) else {}
+        again = (headers.get("id") or by_protocol_1.get("id")) == request.id
+        # What a task is replaced by has its id, too, and is no flight's.
+        replaces = headers.get("replaced_task_nesting", 0) != request.replaced_task_nesting
+        if again and not replaces and (header := header_in(vars(request))) is not None:
+            headers[HEADER] = header
 
 
 # ---- running ---------------------------------------------------------------------------------------------------
@@ -164,35 +180,31 @@ def with_flights(task: Any, run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def fly(*args: Any, **kwargs: Any) -> Any:
-        requests = _requests_of_message(task)
+        request = message_of(task)
+        header = header_in(getattr(request, "__dict__", None))
         # A plain call of this task from inside its own run comes by here too, and must not be the flight again.
-        ours = bool(requests) and not getattr(requests[-1], "memolock_entered", False)
-        header = header_in(vars(requests[-1])) if ours else None
-        if header is None:
+        if header is None or getattr(request, "memolock_entered", False):
             with grounded():
                 return run(*args, **kwargs)
-        for request in requests:
-            request.memolock_entered = True
+        request.memolock_entered = True
         if is_refresh(header):
             return run_refresh(task.memo, header, args, kwargs)
         ticket = read_ticket(header)
         if ticket is None:
             raise Ignore("memolock drops a message whose ticket it cannot read")
-        message = FlightMessage(task, requests[-1], ticket, run)
-        for request in requests:
-            request.memolock_flight = message
+        message = request.memolock_flight = FlightMessage(task, request, ticket, run)
         return message.fly(args, kwargs)
 
     return fly
 
 
-def _requests_of_message(task: Any) -> list[Any]:
-    """Return Celery's request of the message that a task runs for, and its copies; none in a plain call.
+def message_of(task: Any) -> Any:
+    """Return Celery's request of the message that a task runs for; None in a plain call.
 
-    Celery's own `__call__`, where a class or an eager run calls it, lays a copy over the request.
+    Celery's own `__call__`, if a class or a plain call comes by it, lays a copy of that over it for as long as it runs.
     """
-    stack = task.request_stack.stack
-    return [each for each in stack if not each.called_directly and each.id == stack[-1].id]
+    requests = [each for each in task.request_stack.stack if not each.called_directly]
+    return next((each for each in requests if each.id == requests[-1].id), None)
 
 
 class FlightMessage:
@@ -379,5 +391,6 @@ def _on_unknown(sender: Any, message: Any, name: str, **_: Any) -> None:
         logger.warning("memolock could not tell that task %s is unknown: %s", name, failed)
 
 
+signals.before_task_publish.connect(_on_publish, weak=False, dispatch_uid="celery_memolock.publish")
 signals.task_postrun.connect(_on_end, weak=False, dispatch_uid="celery_memolock.end")
 signals.task_unknown.connect(_on_unknown, weak=False, dispatch_uid="celery_memolock.unknown")

@@ -253,6 +253,8 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
             raise Reject("later", requeue=True)
         if how == "replace":
             self.replace(add.s(1, 2))
+        if how == "replace by itself":
+            self.replace(ending.s(f"{key} anew", ""))
         if how == "go on" and not self.request.retries:
             self.retry(countdown=1, throw=False)
             return "of the run that went on"

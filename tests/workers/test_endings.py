@@ -28,6 +28,14 @@ def test_no_value(any_shop: AnyShop, key: str, how: str, text: str) -> None:
         assert made.ran(key) == count
 
 
+def test_replaced_by_itself(any_shop: AnyShop, key: str) -> None:
+    """What a task is replaced by is no flight's, and runs as it would for any task."""
+    made, *_ = any_shop
+    with pytest.raises(FlightFailed, match="Ignore: Replaced by new task"):
+        made.ending.get_cached(key, "replace by itself")
+    until(lambda: made.ran(f"{key} anew") == 1)
+
+
 def test_reject_and_requeue(any_shop: AnyShop, key: str) -> None:
     """`Reject(requeue=True)` puts the flight back into the queue, and its waiters keep waiting."""
     made, *_ = any_shop

@@ -1,0 +1,305 @@
+"""Task classes of all kinds, before and behind memolock's, with Celery's own worker for tests.
+
+That one runs in a thread, and has no protection of the request's stack: a class's `__call__` that calls Celery's own
+lays a second request over the message's.
+"""
+
+from __future__ import annotations
+
+import abc
+import queue
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Generic, TypeVar
+
+import pytest
+import redis
+from celery import Celery, Task, _state
+from celery.contrib.testing.worker import start_worker
+from celery.worker.request import Request
+
+from celery_memolock import MemoLockTask, OptionError, current_flight, external, memolocked_task
+from celery_memolock.server import Server
+from tests.workers.conftest import in_background
+
+T = TypeVar("T")
+
+
+class Plain(Task[Any, Any]):
+    """Adds nothing."""
+
+    abstract = True
+
+
+class Slotted(Task[Any, Any]):
+    """Has slots."""
+
+    __slots__ = ("mine",)
+    abstract = True
+
+
+class Abstract(Task[Any, Any], abc.ABC):
+    """Has a metaclass, and names what a task must have."""
+
+    abstract = True
+
+    @abc.abstractmethod
+    def run(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class GenericLast(Task[Any, Any], Generic[T]):
+    """Is generic."""
+
+    abstract = True
+
+
+class GenericFirst(Generic[T], Task[Any, Any]):
+    """Is generic, which it says first."""
+
+    abstract = True
+
+
+class Tagged(type):
+    """A metaclass."""
+
+    def __call__(cls, *args: Any) -> Any:
+        task = super().__call__(*args)
+        task.tag = "tagged"
+        return task
+
+
+class WithMetaclass(Task[Any, Any], metaclass=Tagged):
+    """Has a metaclass that makes its tasks."""
+
+    abstract = True
+
+
+class Counted(Request):  # type: ignore[misc]
+    """Counts those that are made."""
+
+    made = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        Counted.made += 1
+
+
+class OwnRequest(Task[Any, Any]):
+    """Has a class of requests of its own, which counts."""
+
+    abstract = True
+    Request = Counted
+
+
+class OwnNames(Task[Any, Any]):
+    """Has attributes that a careless library would use as well."""
+
+    abstract = True
+    _body, _memo, _run, _options, _flight = "body", "memo", "run", "options", "flight"
+
+
+class Retrying(Task[Any, Any]):
+    """Decides itself how to retry."""
+
+    abstract = True
+
+    def retry(self, *args: Any, **options: Any) -> Any:
+        options.setdefault("countdown", 0.01)
+        return super().retry(*args, **options)
+
+
+class OwnHeaders(Task[Any, Any]):
+    """Sends headers of its own, and no others."""
+
+    abstract = True
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
+        return super().apply_async(args, kwargs, *more, **{**options, "headers": {"tenant": "one"}})
+
+
+class OwnSignature(Task[Any, Any]):
+    """Makes the message of a retry from scratch."""
+
+    abstract = True
+
+    def signature_from_request(self, request: Any = None, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        found = request or self.request
+        return self.signature(found.args, found.kwargs, task_id=found.id, retries=options["retries"])
+
+
+class OwnSignatureFirst(OwnSignature, MemoLockTask[..., Any]):
+    """Stands before memolock's class."""
+
+    abstract = True
+
+
+class Calling(Task[Any, Any]):
+    """Calls Celery's own `__call__`."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+class CallingFirst(Calling, MemoLockTask[..., Any]):
+    """Stands before memolock's class."""
+
+    abstract = True
+
+
+BASES: list[type[Any]] = [
+    Plain,
+    Slotted,
+    Abstract,
+    GenericLast,
+    GenericFirst,
+    WithMetaclass,
+    OwnRequest,
+    OwnNames,
+    Retrying,
+    OwnHeaders,
+    OwnSignature,
+    OwnSignatureFirst,
+    Calling,
+    CallingFirst,
+]
+
+
+class Counting(MemoLockTask[[int], Any]):
+    """Is made with an argument, and does not call its base's `__init__`."""
+
+    abstract = True
+    memolock: ClassVar[Any] = {"ttl": 60, "key": "{number}"}
+
+    def __new__(cls, count: int) -> Counting:
+        made = super().__new__(cls)
+        made.new = count
+        return made
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+
+class ByMethod(Counting):
+    """Runs a method."""
+
+    name = "classes.by_method"
+
+    def run(self, number: int) -> Any:
+        return [number, self.count, self.new]
+
+
+class ByStaticMethod(Counting):
+    """Runs a static method."""
+
+    name = "classes.by_static_method"
+
+    @staticmethod
+    def run(number: int) -> Any:
+        return [number, 3, 3]
+
+
+class ByClassMethod(Counting):
+    """Runs a class method."""
+
+    name = "classes.by_class_method"
+
+    @classmethod
+    def run(cls, number: int) -> Any:
+        return [number, 3, 3]
+
+
+tokens: queue.Queue[str] = queue.Queue()
+
+
+@pytest.fixture(scope="module")
+def tasks(server: Server) -> Iterator[dict[str, Any]]:
+    """A task of each kind, and a worker."""
+    app = Celery("classes", broker=server.url, backend="cache+memory://", set_as_current=False)
+    name = f"classes-{uuid.uuid4().hex[:8]}"
+    app.conf.update(memolock_prefix=name, memolock_wait_timeout=10, task_default_queue=name)
+    made: dict[str, Any] = {}
+
+    def make(base: type[Any], kind: str, **options: Any) -> Callable[..., Any]:
+        name = f"{base.__name__} {kind}"
+
+        def keep(function: Callable[..., Any]) -> None:
+            made[name] = memolocked_task(app=app, ttl=60, base=base, name=name, bind=True, **options)(function)
+
+        return keep  # type: ignore[return-value]
+
+    for base in BASES:
+
+        @make(base, "plain")
+        def plain(self: Any, number: int) -> Any:
+            return [number, self.request.retries]
+
+        @make(base, "retried", max_retries=2)
+        def retried(self: Any, number: int) -> Any:
+            if self.request.retries < 2:
+                raise self.retry(**({} if isinstance(self, Retrying) else {"countdown": 0}))
+            return [number, self.request.retries]
+
+        @make(base, "external", external=True, external_timeout=10)
+        def handed_out(self: Any, number: int) -> None:
+            tokens.put(current_flight.token)
+
+    for cls in (ByMethod, ByStaticMethod, ByClassMethod):
+        made[cls.__name__] = app.register_task(cls(3))
+    app.finalize()
+    app.conf.worker_hijack_root_logger = False
+    before: Any = _state.default_app, _state._tls.current_app
+    try:
+        with start_worker(app, perform_ping_check=False, pool="solo", loglevel="INFO"):
+            yield made
+    finally:  # it makes its app the one of the whole process
+        _state.default_app, _state._tls.current_app = before
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_bases(tasks: dict[str, Any], base: type[Any]) -> None:
+    """Whatever a base is or overrides, its tasks' flights have their values, at once and after retries."""
+    plain, retried = (tasks[f"{base.__name__} {kind}"] for kind in ("plain", "retried"))
+    assert isinstance(plain, base)
+    assert (plain.get_cached(1), plain.delay(2).get(10, interval=0.01), plain(3)) == ([1, 0], [2, 0], [3, 0])
+    assert (retried.get_cached(1), retried.delay(2).get(10, interval=0.01)) == ([1, 2], [2, 2])
+
+
+@pytest.mark.parametrize("base", [Plain, Calling, CallingFirst])
+def test_nothing_to_tell(
+    tasks: dict[str, Any], server: Server, base: type[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A flight that is handed out, or was a refresh in the worker itself, is not taken for one that never began."""
+    plain, handed_out = (tasks[f"{base.__name__} {kind}"] for kind in ("plain", "external"))
+    waiting = in_background(handed_out.get_cached, 1)
+    assert external.settle(redis.Redis.from_url(server.url), tokens.get(timeout=10), "settled") == "OK"
+    assert waiting.result(10) == "settled"
+    plain.refresher(4).apply_async(ignore_result=False).get(10, interval=0.01)
+    assert plain.peek(4) == [4, 0]
+    plain.delay(0).get(10, interval=0.01)  # the worker has come to its next message
+    assert not [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_own_request(tasks: dict[str, Any]) -> None:
+    """Messages become requests of a base's own class, too."""
+    before = Counted.made
+    tasks["OwnRequest plain"].get_cached(7)
+    assert Counted.made == before + 1
+
+
+@pytest.mark.parametrize("cls", [ByMethod, ByStaticMethod, ByClassMethod])
+def test_classes(tasks: dict[str, Any], cls: type[Any]) -> None:
+    """A class may be made with arguments, and its `run` be any kind of method."""
+    assert tasks[cls.__name__].get_cached(1) == [1, 3, 3]
+    assert tasks[cls.__name__].delay(2).get(10, interval=0.01) == [2, 3, 3]
+
+
+def test_async_run() -> None:
+    """An async `run` is refused where its class is defined."""
+    with pytest.raises(OptionError, match=r"Later\.run is an async function"):
+
+        class Later(MemoLockTask[[], Any]):
+            memolock: ClassVar[Any] = {"ttl": 60}
+
+            async def run(self) -> Any: ...
