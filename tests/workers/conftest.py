@@ -114,9 +114,10 @@ def _starting(folder: Path) -> Iterator[Callable[..., Any]]:
         def start(broker: str, store: str, *flags: str, **settings: str) -> tuple[shop.Shop, Worker]:
             prefix = settings.pop("prefix", None) or f"t{uuid.uuid4().hex[:8]}"
             environment = {"SHOP_BROKER": broker, "SHOP_STORE": store, "SHOP_PREFIX": prefix}
+            module = settings.pop("module", "tests.workers.shop")
             environment |= {f"SHOP_{name.upper()}": value for name, value in settings.items()}
             name = uuid.uuid4().hex[:8]
-            command = ["-m", "celery", "-A", "tests.workers.shop", "worker", "--loglevel", "INFO", *QUICK, *flags]
+            command = ["-m", "celery", "-A", module, "worker", "--loglevel", "INFO", *QUICK, *flags]
             worker = Worker([*command, "--hostname", f"{name}@tests"], environment, folder / f"{name}.log")
             stack.callback(worker.kill)
             worker.await_ready()
@@ -241,6 +242,8 @@ def another_process(of: tuple[shop.Shop, str, str], code: str, *args: str) -> su
     """Start another web process of a shop."""
     made, broker, store = of
     environment = {"SHOP_BROKER": broker, "SHOP_STORE": store, "SHOP_PREFIX": made.app.conf.memolock_prefix}
+    if made.app.conf.result_backend:
+        environment["SHOP_RESULTS"] = made.app.conf.result_backend
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code, *args],
         cwd=ROOT,
