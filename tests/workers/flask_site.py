@@ -26,7 +26,7 @@ def where(name: str) -> list[str]:
     return [current_app.config["GREETING"], name]
 
 
-class Hooked(Task[Any, Any]):
+class Hooked(Task):
     """Has hooks of its own, which note in what they are called."""
 
     abstract = True
@@ -77,7 +77,7 @@ def retried(self: Any, name: str) -> list[str]:
 def celery_init_app(app: Flask) -> Celery:
     """As Flask's documentation has it."""
 
-    class FlaskTask(Task[Any, Any]):
+    class FlaskTask(Task):
         def __call__(self, *args: Any, **kwargs: Any) -> object:
             with app.app_context():
                 return self.run(*args, **kwargs)
@@ -152,7 +152,7 @@ for each in (before, after):
 # ---- a task class by its name ------------------------------------------------------------------------------------
 
 
-class Named(Task[Any, Any]):
+class Named(Task):
     """Calls the next class in line, and not `run`."""
 
     abstract = True

@@ -25,20 +25,20 @@ from tests.workers.conftest import in_background
 T = TypeVar("T")
 
 
-class Plain(Task[Any, Any]):
+class Plain(Task):
     """Adds nothing."""
 
     abstract = True
 
 
-class Slotted(Task[Any, Any]):
+class Slotted(Task):
     """Has slots."""
 
     __slots__ = ("mine",)
     abstract = True
 
 
-class Abstract(Task[Any, Any], abc.ABC):
+class Abstract(Task, abc.ABC):
     """Has a metaclass, and names what a task must have."""
 
     abstract = True
@@ -47,13 +47,13 @@ class Abstract(Task[Any, Any], abc.ABC):
     def run(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-class GenericLast(Task[Any, Any], Generic[T]):
+class GenericLast(Task, Generic[T]):
     """Is generic."""
 
     abstract = True
 
 
-class GenericFirst(Generic[T], Task[Any, Any]):
+class GenericFirst(Generic[T], Task):
     """Is generic, which it says first."""
 
     abstract = True
@@ -68,7 +68,7 @@ class Tagged(type):
         return task
 
 
-class WithMetaclass(Task[Any, Any], metaclass=Tagged):
+class WithMetaclass(Task, metaclass=Tagged):
     """Has a metaclass that makes its tasks."""
 
     abstract = True
@@ -84,21 +84,21 @@ class Counted(Request):  # type: ignore[misc]
         Counted.made += 1
 
 
-class OwnRequest(Task[Any, Any]):
+class OwnRequest(Task):
     """Has a class of requests of its own, which counts."""
 
     abstract = True
     Request = Counted
 
 
-class OwnNames(Task[Any, Any]):
+class OwnNames(Task):
     """Has attributes that a careless library would use as well."""
 
     abstract = True
     _body, _memo, _run, _options, _flight = "body", "memo", "run", "options", "flight"
 
 
-class Retrying(Task[Any, Any]):
+class Retrying(Task):
     """Decides itself how to retry."""
 
     abstract = True
@@ -108,7 +108,7 @@ class Retrying(Task[Any, Any]):
         return super().retry(*args, **options)
 
 
-class OwnHeaders(Task[Any, Any]):
+class OwnHeaders(Task):
     """Sends headers of its own, and no others."""
 
     abstract = True
@@ -117,7 +117,7 @@ class OwnHeaders(Task[Any, Any]):
         return super().apply_async(args, kwargs, *more, **{**options, "headers": {"tenant": "one"}})
 
 
-class OwnSignature(Task[Any, Any]):
+class OwnSignature(Task):
     """Makes the message of a retry from scratch."""
 
     abstract = True
@@ -133,7 +133,7 @@ class OwnSignatureFirst(OwnSignature, MemoLockTask[..., Any]):
     abstract = True
 
 
-class Calling(Task[Any, Any]):
+class Calling(Task):
     """Calls Celery's own `__call__`."""
 
     abstract = True
