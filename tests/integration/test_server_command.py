@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,13 @@ from click.testing import CliRunner
 from celery_memolock import cli
 
 COMMAND = [sys.executable, "-c", "from celery_memolock.cli import main; main()", "server", "--port"]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Where the command has its files: a path that is short enough for it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as path:
+        yield Path(path)
 
 
 @contextmanager
@@ -39,44 +47,44 @@ def running(folder: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[str]
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_serves_until_a_signal(tmp_path: Path, ending: signal.Signals) -> None:
+def test_serves_until_a_signal(folder: Path, ending: signal.Signals) -> None:
     """It prints where it listens, serves that, and is gone with its files when told to end, however often."""
-    with running(tmp_path) as (process, url):
+    with running(folder) as (process, url):
         with redis.Redis.from_url(url) as client:
             client.set("a", 1)
             assert client.get("a") == b"1"
-        assert list(tmp_path.iterdir())
+        assert list(folder.iterdir())
         while process.poll() is None:
             process.send_signal(ending)
         out, errors = process.communicate(timeout=30)
         assert (process.returncode, out, errors) == (0, "", "")
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
     address = urlsplit(url)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((address.hostname or "", address.port or 0))
 
 
-def test_listens_where_it_is_told(tmp_path: Path) -> None:
+def test_listens_where_it_is_told(folder: Path) -> None:
     """The port is the one that was asked for; when it is taken, the error says so and what to do."""
-    with running(tmp_path) as (_, url):
+    with running(folder) as (_, url):
         taken = urlsplit(url).port
         assert taken is not None
-        with running(tmp_path, taken) as (second, printed):
+        with running(folder, taken) as (second, printed):
             _, errors = second.communicate(timeout=30)
         assert (second.returncode, printed) == (1, "")
         assert errors.startswith(f"Error: port {taken} is taken. If a Redis or Valkey of yours listens there, use that")
         assert "--port" in errors
-        assert len(list(tmp_path.iterdir())) == 1
+        assert len(list(folder.iterdir())) == 1
 
 
-def test_a_server_that_ends_by_itself_is_an_error(tmp_path: Path) -> None:
+def test_a_server_that_ends_by_itself_is_an_error(folder: Path) -> None:
     """Whoever ends the server itself, the command does not go on without it."""
-    with running(tmp_path) as (process, url):
+    with running(folder) as (process, url):
         with redis.Redis.from_url(url) as client:
             client.shutdown(nosave=True)
         _, errors = process.communicate(timeout=30)
         assert (process.returncode, errors) == (1, "Error: the server has ended\n")
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
 
 
 def test_without_a_program_it_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
