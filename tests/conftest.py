@@ -41,7 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say in one line what was left out."""
+    """Say in a line each how large a search of the model was, and what was left out."""
+    for report in terminalreporter.getreports("passed"):
+        for found in (value for name, value in report.user_properties if name == "found"):
+            terminalreporter.write_line(f"{found}: {report.nodeid.partition('::')[2]}")
     if said := terminalreporter.config.stash.get(_LEFT_OUT, None):
         terminalreporter.write_line(said)
 

@@ -16,7 +16,7 @@ import redis
 from celery_memolock import MISS, MemoLock, StoreUnavailable
 from celery_memolock.server import Server
 from celery_memolock.testing import Link
-from tests.engines.conftest import Asked
+from tests.engines.conftest import Asked, environment_of
 from tests.engines.tasks import make
 from tests.workers.conftest import ROOT, in_background, until
 
@@ -54,7 +54,7 @@ def start(shop: Asked, server: Server) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def run(task: str, *arguments: Any, url: str = shop.url) -> subprocess.Popen[str]:
-            environment = {**os.environ, **shop.environment, "PLACE_STORE": url, "PLACE_RECORDS": server.url}
+            environment = {**os.environ, **environment_of(shop.place, url), "PLACE_RECORDS": server.url}
             process = subprocess.Popen(
                 [sys.executable, "-c", CALLER, task, *map(str, arguments)],
                 cwd=ROOT,
@@ -201,6 +201,7 @@ def test_notices_lost(shop: Asked, start: Start, key: str, measured: Measured) -
     assert shop.ran(key) == 1
 
 
+@pytest.mark.one_driver
 def test_computed_without_a_server(own_server: Server, prefix: str) -> None:
     """With `on_redis_error="compute"` a caller computes for itself while the server is away."""
     with MemoLock(own_server.url, prefix=prefix, ttl=60, on_redis_error="compute") as memo:

@@ -109,6 +109,7 @@ def test_before_a_run(server: Server, prefix: str, key: str, start_worker: Calla
         assert made.ran(key) == 1
 
 
+@pytest.mark.one_driver
 def test_in_the_back_off_after_a_failure(any_shop: AnyShop, key: str) -> None:
     """An invalidation clears the record of an error as well."""
     made, *_ = any_shop

@@ -27,6 +27,7 @@ def registered(made: Shop, key: str) -> list[bytes]:
     return [field for field in flight if field.startswith(b"w:")]
 
 
+@pytest.mark.timeout(400)  # 10,000 runs
 def test_ten_thousand_keys(own_server: Server, start_worker: Start, key: str) -> None:
     """After 10,000 keys and silence nothing is left: no room, no thread, no connection more, no key that stays."""
     made, _ = start_worker(own_server.url, own_server.url, "--concurrency", "2")
@@ -45,7 +46,7 @@ def test_ten_thousand_keys(own_server: Server, start_worker: Start, key: str) ->
 
         crowd = [in_background(ask) for _ in range(20)]
         for future in crowd:
-            future.result(120)
+            future.result(150)
         until(lambda: threading.active_count() <= threads)
         open_files = len(list(Path("/proc/self/fd").iterdir()))
         assert not files or open_files <= files + 20  # a connection for each thread at the most; none for each key
@@ -100,6 +101,7 @@ def test_killed_caller(any_shop: tuple[Shop, str, str], key: str) -> None:
     until(lambda: not made.records.exists(flight))
 
 
+@pytest.mark.one_driver
 def test_forged_notices(any_shop: tuple[Shop, str, str], key: str) -> None:
     """Whoever can publish to an inbox can make its process look once more, and no more than that."""
     made, *_ = any_shop
@@ -126,6 +128,7 @@ def looks_of(made: Shop) -> int:
     return commands_run(made.records, "evalsha")
 
 
+@pytest.mark.one_driver
 @pytest.mark.parametrize(
     "entry",
     [

@@ -128,6 +128,7 @@ def test_worker_cut_off(server: Server, link: Link, start_worker: Start, key: st
     assert made.gated.peek(key) == "in time"
 
 
+@pytest.mark.one_driver
 def test_worker_that_cannot_claim(server: Server, link: Link, start_worker: Start, key: str) -> None:
     """A worker that gets a message, and has no way to the server, puts it back for another one."""
     made, lonely = start_worker(server.url, link.url, "--concurrency", "1", records=server.url)
@@ -141,6 +142,7 @@ def test_worker_that_cannot_claim(server: Server, link: Link, start_worker: Star
     assert made.ran(key) == 1
 
 
+@pytest.mark.one_driver
 def test_worker_finds_its_way_back(
     server: Server, link: Link, start_worker: Start, key: str, measured: Measured
 ) -> None:
@@ -158,6 +160,7 @@ def test_worker_finds_its_way_back(
     assert made.ran(key) == 1
 
 
+@pytest.mark.one_driver
 @pytest.mark.parametrize("script", ["claim", "renew", "settle", "requeue"])
 def test_worker_loses_replies(
     server: Server, link: Link, start_worker: Start, key: str, script: str, measured: Measured

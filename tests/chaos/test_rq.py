@@ -133,6 +133,7 @@ def test_stopped(shop: Asked, start: Start, key: str, measured: Measured) -> Non
     assert shop.ran(key) == 1
 
 
+@pytest.mark.one_driver
 def test_warm_shutdown(shop: Asked, start: Start, key: str, measured: Measured) -> None:
     """A worker that is asked to end ends its job first."""
     (worker,) = start(PLAIN)
@@ -186,6 +187,7 @@ def test_emptied_queue(shop: Asked, start: Start, key: str, measured: Measured) 
     assert shop.ran(key) == 1
 
 
+@pytest.mark.one_driver
 def test_duplicate_job(shop: Asked, start: Start, key: str) -> None:
     """A job that is queued three times runs once."""
     waiter = in_background(patient(shop).get_cached, key)
@@ -237,6 +239,7 @@ def test_queue_unreachable(server: Server, prefix: str, key: str, fault: str, me
     assert not redis.Redis.from_url(server.url).exists(job.memo.call((key,), {}).keys.all[1])
 
 
+@pytest.mark.one_driver
 def test_values_away_at_the_claim(own_server: Server, server: Server, prefix: str, tmp_path: Path, key: str) -> None:
     """A worker without a way to the values puts the job back for another try, and does not lose it."""
     place = make("rq", server.url, prefix)

@@ -12,6 +12,9 @@ import pytest
 from benchmarks.chaos.broken import NAMES
 from tests.workers.conftest import ROOT
 
+#: One after the other: what a storm finds depends on how much it gets done.
+pytestmark = [pytest.mark.one_driver, pytest.mark.xdist_group("storm")]
+
 SEEN_AS = {"no-claim": "overlapping runs of one (fence, attempt)"}
 
 

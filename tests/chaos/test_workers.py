@@ -82,6 +82,7 @@ def test_tree_killed_with_rabbitmq(
     assert made.ran(key) == 2
 
 
+@pytest.mark.one_driver
 @pytest.mark.rabbitmq
 def test_redelivered_during_the_run(server: Server, amqp: str, start_worker: Start, key: str) -> None:
     """A worker that loses its broker while it runs: its message comes again, and is deferred until the run is over."""
@@ -99,6 +100,7 @@ def test_redelivered_during_the_run(server: Server, amqp: str, start_worker: Sta
     assert made.ran(key) == 1
 
 
+@pytest.mark.one_driver
 def test_warm_shutdown(server: Server, start_worker: Start, key: str, acks: str, measured: Measured) -> None:
     """A worker that is asked to end ends its run first."""
     made, worker = start_worker(server.url, server.url, acks=acks)
@@ -187,6 +189,7 @@ def test_frozen_worker(server: Server, start_worker: Start, key: str, measured: 
     assert made.slow.peek(key, 1.5) == "kept"
 
 
+@pytest.mark.one_driver
 def test_duplicate_message(server: Server, start_worker: Start, prefix: str, key: str) -> None:
     """A message that is delivered twice runs once."""
     made = make(server.url, server.url, prefix)

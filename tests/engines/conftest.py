@@ -102,7 +102,7 @@ class Asked:
         return sum(field.startswith(b"w:") for field in fields)
 
 
-def environment(place: Place, url: str) -> dict[str, str]:
+def environment_of(place: Place, url: str) -> dict[str, str]:
     """Return what makes another process have the same place."""
     return {"PLACE_ENGINE": place.engine, "PLACE_STORE": url, "PLACE_PREFIX": place.prefix}
 
@@ -114,7 +114,7 @@ def workers(folder: Path, place: Place, url: str, commands: list[list[str]] | No
         processes = []
         for command in WORKERS[place.engine] if commands is None else commands:
             log = folder / f"{uuid.uuid4().hex[:8]}.log"
-            process = Worker(command, environment(place, url), log, READY[place.engine])
+            process = Worker(command, environment_of(place, url), log, READY[place.engine])
             stack.callback(process.kill)
             processes.append(process)
         for process in processes:
@@ -133,7 +133,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, 
                 server = stack.enter_context(server_of(kind))
                 place = make(engine, server.url, f"t{uuid.uuid4().hex[:8]}")
                 folder = tmp_path_factory.mktemp(f"{engine}-{kind}")
-                others = [Other(environment(place, server.url)) for _ in range(2)]
+                others = [Other(environment_of(place, server.url)) for _ in range(2)]
                 for each in others:
                     stack.callback(each.kill)
                 made[engine, kind] = place, server.url, stack.enter_context(workers(folder, place, server.url)), others

@@ -156,7 +156,12 @@ def amqp_shop(amqp: str, server: Server, start_for_all: Callable[..., Any]) -> s
 
 
 @pytest.fixture(
-    scope="session", params=["redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq), "redis, asked from asyncio"]
+    scope="session",
+    params=[
+        "redis",
+        pytest.param("rabbitmq", marks=pytest.mark.rabbitmq),
+        pytest.param("redis, asked from asyncio", marks=pytest.mark.one_driver),
+    ],
 )
 def any_shop(request: pytest.FixtureRequest, server: Server) -> tuple[shop.Shop, str, str]:
     """A shop with a running worker over each broker and for each driver in turn, with broker's and store's URL.
@@ -209,9 +214,9 @@ def own_server() -> Iterator[Server]:
         yield started
 
 
-@pytest.fixture(params=["early", "late"])
+@pytest.fixture(params=["early", pytest.param("late", marks=pytest.mark.one_driver)])
 def acks(request: pytest.FixtureRequest) -> str:
-    """When the worker acknowledges a message."""
+    """When the worker acknowledges a message; the caller, whatever its driver, knows nothing of it."""
     return str(request.param)
 
 
