@@ -158,10 +158,12 @@ def refresh(context: CLIContext, task: str, args: str, kwargs: str) -> None:
 
 
 def _call(context: CLIContext, name: str, method: str, args: str, kwargs: str) -> Any:
+    context.app.loader.import_default_modules()  # as a worker does: the tasks may be in modules of their own
     task = context.app.tasks.get(name)
     if not isinstance(task, MemoLockTask):
         known = sorted(n for n, t in context.app.tasks.items() if isinstance(t, MemoLockTask))
-        raise click.ClickException(f"{name!r} is no memolocked task of this app; those are: {', '.join(known)}")
+        those = f"those are: {', '.join(known)}" if known else "it has none (include=, imports, autodiscover_tasks)"
+        raise click.ClickException(f"{name!r} is no memolocked task of this app; {those}")
     try:
         positional, named = json.loads(args), json.loads(kwargs)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import math
@@ -441,7 +442,9 @@ def _asked(name: str, function: Callable[[Any], Any], value: Any) -> Any:
 def _known(given: Iterable[str], allowed: Iterable[str]) -> None:
     for name in given:
         if name not in allowed:
-            raise OptionError(f"unknown memolock option {name!r}; known are: {', '.join(sorted(allowed))}")
+            near = difflib.get_close_matches(name, allowed, 1)
+            meant = f", did you mean {near[0]!r}?" if near else ";"
+            raise OptionError(f"unknown memolock option {name!r}{meant} known are: {', '.join(sorted(allowed))}")
 
 
 def seconds_of(name: str, value: object, *, zero: bool) -> float:

@@ -15,6 +15,7 @@ from itertools import count
 from typing import Any, Final
 
 from .aio import AsyncDriver, adrive, beside
+from .codec import fence_of
 from .effects import (
     Call,
     Computing,
@@ -223,12 +224,13 @@ class Work:
     def _suspect_another_server(self) -> None:
         """Say so where a flight left no trace here, as it would have if its caller meant the same server."""
         global _strangers
-        keys, there, store = self._ticket.keys, self._ticket.server, self._engine.store
+        keys, fence, there, store = self._ticket.keys, self._ticket.fence, self._ticket.server, self._engine.store
         try:
-            traces = store.get_all([*map(Keys, (keys.entry, keys.error, keys.parked(self._ticket.fence)))], _PATIENCE)
+            *stored, parked = store.get_all([*map(Keys, (keys.entry, keys.error, keys.parked(fence)))], _PATIENCE)
         except StoreUnavailable:
             return
-        if any(trace is not None for trace in traces):
+        # What is older than the flight says nothing of it.
+        if parked is not None or any(raw is not None and since(fence_of(raw)) >= since(fence) for raw in stored):
             return
         _strangers += 1
         if there != store.address or _strangers >= _MANY_STRANGERS:
@@ -240,6 +242,11 @@ class Work:
                 store.address,
                 there,
             )
+
+
+def since(fence: str) -> int:
+    """Return when a fence was made, in the server's microseconds; 0 if it is none."""
+    return int(fence.partition("-")[0] or 0)
 
 
 #: Flights that left no trace since this process last claimed one. A single one may have been invalidated or withdrawn;

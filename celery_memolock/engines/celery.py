@@ -80,6 +80,7 @@ class MemoLockTask(CallerMethods[P, R], _Task[P, R]):
         name = str(cls.name or cls.__name__)
         if cls.__dict__.get("_decorated"):
             _derive_from_apps_class(name, cls)
+        _refuse_names(name, cls)
         theirs = [request for base in cls.__mro__ if (request := vars(base).get("Request")) is not None]
         if own := [request for request in theirs if request not in (_REQUEST, _CELERYS_REQUEST)]:
             from .celery_worker import request_class  # late, as only a class with a Request of its own needs it here
@@ -156,7 +157,7 @@ def _derive_from_apps_class(name: str, cls: type[Any]) -> None:
     if issubclass(cls, theirs):
         return
     try:
-        cls.__bases__ = (*cls.__bases__, theirs)
+        cls.__bases__ = (*(base for base in cls.__bases__ if not issubclass(theirs, base)), theirs)
     except TypeError as error:
         raise OptionError(f"task {name!r}: its base does not go with the task class of its app: {error}") from error
 
@@ -211,6 +212,21 @@ def is_fallback(app: Any) -> bool:
 
 # ---- the decorator ---------------------------------------------------------------------------------------------
 
+
+def _refuse_names(name: str, cls: type[Any]) -> None:
+    """Raise `OptionError` where a class that is not ours has an attribute of our name: one would hide the other."""
+    for base in cls.__mro__:
+        if not issubclass(base, MemoLockTask) and base not in MemoLockTask.__mro__:
+            for both in sorted(_OUR_NAMES & vars(base).keys()):
+                raise OptionError(
+                    f"task {name!r}: its base {base.__qualname__} has an attribute {both!r}, as memolock's tasks have: "
+                    f"give it another name"
+                )
+
+
+#: The public names of a `MemoLockTask` that Celery's tasks do not have.
+_OUR_NAMES: Final = {name for name in dir(MemoLockTask) if not name.startswith("_")} - {*dir(celery.Task)}
+
 #: What Celery takes beside the attributes of its Task class.
 _CELERY_OPTIONS = frozenset(
     [
@@ -251,7 +267,7 @@ def memolocked_task(
 ) -> Callable[[Callable[P, R]], MemoLockTask[P, R]]: ...
 
 
-def memolocked_task(*, ttl: Ttl, app: Any = None, **options: Any) -> Any:
+def memolocked_task(*misplaced: Any, ttl: Any = None, app: Any = None, **options: Any) -> Any:
     """Make a Celery task whose callers share one cached value, and one run when it is missing.
 
     It binds to the app as Celery's `shared_task` does, but from every thread: with one app in the process that is the
@@ -265,8 +281,12 @@ def memolocked_task(*, ttl: Ttl, app: Any = None, **options: Any) -> Any:
             ``@app.task(base=MemoLockTask, memolock={...})``.
 
     Raises:
-        OptionError: an option is unknown, or has a value that makes no sense; or the function is async.
+        OptionError: an option is unknown or has a value that makes no sense; the function is async, or a task already.
     """
+    if misplaced or ttl is None:
+        raise OptionError(
+            "write @memolocked_task(ttl=5), with all options by name: for how long may a value be served?"
+        )
     ours = {"ttl": ttl, **{name: options.pop(name) for name in list(options) if name in _OPTION_NAMES}}
     base = options["base"] = _base(options.get("base"))
     for name in options:
@@ -278,6 +298,11 @@ def memolocked_task(*, ttl: Ttl, app: Any = None, **options: Any) -> Any:
     checked = Options.build(ours)
 
     def decorate(function: Callable[..., Any]) -> Any:
+        if issubclass(type(function), Proxy) or isinstance(function, celery.Task):
+            raise OptionError(
+                "what stands below @memolocked_task is a Celery task already: use @memolocked_task alone, or "
+                "@app.task(base=MemoLockTask, memolock={...})"
+            )
         _check(function.__name__, function, checked, bound=bool(options.get("bind")))
         if app is not None:
             # Celery would register the task with all other apps of the process as well.

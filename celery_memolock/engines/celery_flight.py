@@ -28,7 +28,7 @@ from ..store import Store
 from ..work import Outcome, Work, as_wanted, holder_of, read_ticket, unsendable, write_ticket
 from .celery_beat import HEADER, is_refresh, note_run, run_refresh
 from .celery_queues import attendance
-from .celery_settings import store_of
+from .celery_settings import store_at, store_of
 
 __all__ = ["CeleryEngine", "FlightMessage", "message_of", "ticket_in", "with_flights"]
 
@@ -138,11 +138,18 @@ def header_in(headers: Any) -> Any:
     An instrumentation that wraps `apply_async` may put a dictionary named headers into the headers. Then Celery shows
     a task that inner dictionary as its headers, and sends it with a retry in place of what was sent first.
     """
-    if not isinstance(headers, Mapping):
-        return None
-    inner = headers.get("headers")
-    found = headers.get(HEADER)
-    return inner.get(HEADER) if found is None and isinstance(inner, Mapping) else found
+    for _ in range(_MOST_NESTED):
+        if not isinstance(headers, Mapping):
+            return None
+        found = headers.get(HEADER)
+        if found is not None:
+            return found
+        headers = headers.get("headers")
+    return None
+
+
+#: So many instrumentations may each have put the headers of the one before into their own.
+_MOST_NESTED: Final = 5
 
 
 def ticket_in(headers: Any) -> Ticket | None:
@@ -184,6 +191,9 @@ def with_flights(task: Any, run: Callable[..., Any]) -> Callable[..., Any]:
         header = header_in(getattr(request, "__dict__", None))
         # A plain call of this task from inside its own run comes by here too, and must not be the flight again.
         if header is None or getattr(request, "memolock_entered", False):
+            message: FlightMessage | None = getattr(request, "memolock_flight", None)
+            if message is not None and not message.running:
+                logger.warning("memolock: task %s runs again after its flight's end, for nobody who waits", task.name)
             with grounded():
                 return run(*args, **kwargs)
         request.memolock_entered = True
@@ -193,7 +203,11 @@ def with_flights(task: Any, run: Callable[..., Any]) -> Callable[..., Any]:
         if ticket is None:
             raise Ignore("memolock drops a message whose ticket it cannot read")
         message = request.memolock_flight = FlightMessage(task, request, ticket, run)
-        return message.fly(args, kwargs)
+        try:
+            return message.fly(args, kwargs)
+        except BaseException as error:
+            message.left_by = error  # a class's `__call__` may keep it to itself
+            raise
 
     return fly
 
@@ -212,6 +226,8 @@ class FlightMessage:
 
     Attributes:
         told: whether those who wait know what became of the message, or will know without another word.
+        running: whether the task's own code runs.
+        left_by: what it ended by, if not by a value.
     """
 
     def __init__(self, task: Any, request: Any, ticket: Ticket, run: Callable[..., Any]) -> None:
@@ -224,6 +240,7 @@ class FlightMessage:
         self._left_by: BaseException | None = None
         self.running = False
         self.told = False
+        self.left_by: BaseException | None = None
 
     def fly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Claim, run and settle. Raises what the run raised, or `Ignore` where there is nothing to run."""
@@ -349,10 +366,12 @@ def _on_end(sender: Any, state: str | None = None, retval: Any = None, **_: Any)
     if ticket is None or (message is not None and message.told):
         return
     left = retval if isinstance(retval, BaseException) else sys.exc_info()[1]
+    if left is None and message is not None:
+        left = message.left_by
     if state == "RETRY" or isinstance(left, Retry) or _comes_back(left, sender):
         return  # it comes again
     if left is None:
-        text = f"task {sender.name!r} ended without having run: a __call__ of its classes did not call run"
+        text = f"task {sender.name!r} ended without having run: a __call__ did not call run, or run was patched"
         error: Exception = FlightFailed(text)
     elif isinstance(left, Exception) and not isinstance(left, Ignore | Reject):
         error = left
@@ -364,8 +383,11 @@ def _on_end(sender: Any, state: str | None = None, retval: Any = None, **_: Any)
     tell_failure(sender, ticket, "", error)
 
 
-def tell_failure(task: Any, ticket: Ticket, holder: str, error: Exception | None) -> None:
-    """Tell those who wait that a run, or with no holder a message, came to nothing. Without an error they take over."""
+def tell_failure(task: Any, ticket: Ticket, holder: str, error: Exception | None) -> bool:
+    """Tell those who wait that a run, or with no holder a message, came to nothing → whether that concerned a flight.
+
+    Without an error they take over.
+    """
     try:
         outcome, ttl = None, 0.0
         if error is not None:
@@ -374,23 +396,36 @@ def tell_failure(task: Any, ticket: Ticket, holder: str, error: Exception | None
                 ttl = as_wanted(task.memo, ticket).options.error_ttl_of(error)
             except MemoLockError:
                 pass  # an option of the task may be what is wrong
-        store_of(task.app).run(Disown(ticket.keys, ticket.fence, holder, outcome, 30.0, ttl))
+        with store_at(task.app, ticket.server) as store:
+            return bool(store.run(Disown(ticket.keys, ticket.fence, holder, outcome, 30.0, ttl)))
     except MemoLockError as trouble:
         logger.error("memolock leaves those who wait for key %s to their time-outs: %s", ticket.keys.tag, trouble)
+    return False
 
 
 def _on_unknown(sender: Any, message: Any, name: str, **_: Any) -> None:
     """A worker does not know the task: all who wait for the flight hear so at once."""
+    _tell_of_message(sender, message, f"task {name!r} is not registered on worker {sender.hostname}")
+
+
+def _on_rejected(sender: Any, message: Any, exc: BaseException | None = None, **_: Any) -> None:
+    """A worker may not read the message, such as one in a serializer that it does not accept."""
+    _tell_of_message(sender, message, f"worker {sender.hostname} refused the message: {type(exc).__name__}: {exc}")
+
+
+def _tell_of_message(consumer: Any, message: Any, text: str) -> None:
     ticket = ticket_in(message.headers)
     if ticket is None:
         return
-    error = FlightFailed(f"task {name!r} is not registered on worker {sender.hostname}: does it import the module?")
+    error = FlightFailed(f"{text} (are its modules and its configuration those of its callers?)")
     try:
-        store_of(sender.app).run(Disown(ticket.keys, ticket.fence, "", pack_error(error), 30.0))
+        with store_at(consumer.app, ticket.server) as store:
+            store.run(Disown(ticket.keys, ticket.fence, "", pack_error(error), 30.0))
     except MemoLockError as failed:
-        logger.warning("memolock could not tell that task %s is unknown: %s", name, failed)
+        logger.warning("memolock could not tell that %s: %s", text, failed)
 
 
 signals.before_task_publish.connect(_on_publish, weak=False, dispatch_uid="celery_memolock.publish")
 signals.task_postrun.connect(_on_end, weak=False, dispatch_uid="celery_memolock.end")
 signals.task_unknown.connect(_on_unknown, weak=False, dispatch_uid="celery_memolock.unknown")
+signals.task_rejected.connect(_on_rejected, weak=False, dispatch_uid="celery_memolock.rejected")

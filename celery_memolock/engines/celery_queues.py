@@ -70,7 +70,9 @@ def _answered(app: Any, connection: Any, queue: str) -> str:
     return f"{text}: is one running, or busy in a pool that cannot answer meanwhile, such as solo?"
 
 
-_BUSY: Final = "busy, or a retry waits for its time, or a log of theirs says what keeps them"
+_BUSY: Final = (
+    "busy, or a retry waits for its time, or its log has an error; do web and workers have the same memolock_redis_url?"
+)
 
 
 class _Found(Exception):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from typing import Any, Final
@@ -17,7 +19,7 @@ from ..errors import ConfigurationError, OptionError
 from ..options import OF_A_TASK, Options
 from ..store import NO_SENTINEL, Store, Stores, client_in_environment, client_of, first_url, tried, usable
 
-__all__ = ["client_for", "defaults_of", "store_of"]
+__all__ = ["client_for", "defaults_of", "store_at", "store_of"]
 
 #: The options that an app may have defaults of.
 _DEFAULTABLE: Final = frozenset(f.name for f in fields(Options)) - {*OF_A_TASK}
@@ -35,6 +37,27 @@ def store_of(app: Any) -> Store:
         ConfigurationError: none is named, or its URL cannot be used.
     """
     return _stores.of(app, _make_store)
+
+
+@contextmanager
+def store_at(app: Any, address: str) -> Iterator[Store]:
+    """Have an app's server, or, where what it names for one cannot be used, the one at an address if it knows that.
+
+    Raises:
+        ConfigurationError: as `store_of` does.
+    """
+    try:
+        yield store_of(app)
+        return
+    except ConfigurationError:
+        client = _of_the_broker(app) or _of_the_backend(app)
+        store = None if client is None else Store(client, "memolock")
+        if store is None or store.address != address:
+            raise
+    try:
+        yield store
+    finally:
+        store.close()
 
 
 def _make_store(app: Any) -> Store:

@@ -10,12 +10,15 @@ import os
 import threading
 import time
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import signals
+from celery.exceptions import InvalidTaskError
+from kombu.exceptions import KombuError
 from kombu.utils.imports import symbol_by_name
 
+from ..effects import Ticket
 from ..errors import FlightFailed
 from ..work import holder_of
 from .celery_flight import tell_failure, ticket_in
@@ -43,6 +46,8 @@ class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
             error = getattr(exc_info.exception, "exc", exc_info.exception)
             if isinstance(error, WorkerLostError | SystemExit):
                 self._disown(None)
+            elif isinstance(error, KombuError | InvalidTaskError):
+                self._disown(error)  # the message could not be read, so that nothing else in the worker knows of it
 
     def on_timeout(self, soft: bool, timeout: float) -> Any:
         """Fail the flight when its run is killed at the hard time limit."""
@@ -63,7 +68,8 @@ class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
         def tell() -> None:
             if error is None:
                 self._await_replacement()
-            tell_failure(self.task, ticket, holder, error)
+            if not tell_failure(self.task, ticket, holder, error) and holder:
+                tell_failure(self.task, ticket, "", error or _before_it_began(ticket, self.name))
 
         # In a thread, as the main process must not wait for a server that may be slow.
         threading.Thread(target=tell, name="memolock-disown", daemon=True).start()
@@ -77,6 +83,25 @@ class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
             if pids and self.worker_pid not in pids and len(pids) >= pool._processes:
                 return
             time.sleep(0.1)
+
+
+def _before_it_began(ticket: Ticket, name: str) -> FlightFailed | None:
+    """Count a process that was lost before it began a flight → the error for those who wait, if it is not the first.
+
+    The first may be Celery's fault, which gives messages to dead processes for some seconds: then they take over.
+    """
+    count = _lost.pop(ticket.keys.entry, 0) + 1
+    if count >= _MOST_LOST:
+        return FlightFailed(f"task {name!r} lost its worker {count} times before it began")
+    if len(_lost) >= 1000:
+        _lost.clear()
+    _lost[ticket.keys.entry] = count
+    return None
+
+
+#: How many processes were lost before they began a flight, by its key.
+_lost: dict[str, int] = {}
+_MOST_LOST: Final = 2
 
 
 @lru_cache

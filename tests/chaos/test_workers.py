@@ -172,6 +172,14 @@ def test_poison(server: Server, start_worker: Start, key: str, measured: Measure
                 waiter.result(50)
 
 
+def test_killed_before_it_began(server: Server, start_worker: Start, key: str) -> None:
+    """A class's own hook that costs its worker before the run fails for all who wait, as a task does."""
+    made, _ = start_worker(server.url, server.url, "--concurrency", "1")
+    with pytest.raises(FlightFailed, match="lost its worker 2 times before it began"):
+        made.hooked.get_cached(f"killed:{key}")
+    assert made.ran(f"killed:{key}") == 0
+
+
 def test_frozen_worker(server: Server, start_worker: Start, key: str, measured: Measured) -> None:
     """A worker that freezes past its lease is taken over, and what it settles after it woke up is refused."""
     made, frozen = start_worker(server.url, server.url, "--concurrency", "1")

@@ -14,6 +14,14 @@ from celery_memolock.engines.celery_worker import FlightRequest
 from celery_memolock.rq import memolocked_job
 
 
+def test_a_decorator_that_is_misplaced(app: Celery) -> None:
+    """Without its options, or over a task of Celery's, it says how it is meant."""
+    wrong: Any = memolocked_task
+    for misuse in (lambda: wrong(says), wrong, lambda: wrong(ttl=5)(app.task(shared=False)(says))):
+        with pytest.raises(OptionError, match="@memolocked_task"):
+            misuse()
+
+
 @pytest.fixture
 def app() -> Celery:
     return Celery("definitions", set_as_current=False, broker="memory://")
@@ -231,6 +239,24 @@ def test_classes_that_do_not_go_together() -> None:
     app = Celery("apart", set_as_current=False, broker="memory://", task_cls=HookedFirst)
     with pytest.raises(OptionError, match="its base does not go with the task class of its app"):
         app.task(base=HookedLast, shared=False, lazy=False, name="made", memolock={"ttl": 5})(says)
+
+
+def test_an_app_whose_tasks_are_all_memolocked() -> None:
+    """The class that an app has for its tasks may be ours, or derive from it."""
+    app = Celery("all", set_as_current=False, broker="memory://", task_cls=HookedLast)
+    made: Any = memolocked_task(app=app, ttl=5, name="made")(says)
+    assert made.queue_of_tenant == "t1"
+    assert isinstance(made, app.Task)
+
+
+@pytest.mark.parametrize("name", ["memo", "refresh", "get_cached", "memolock"])
+@pytest.mark.parametrize("first", [True, False])
+def test_names_that_a_class_shares_with_ours(app: Celery, name: str, first: bool) -> None:
+    """One would hide the other, so the class is refused by its name."""
+    theirs = type("Tenant", (Task,), {"abstract": True, name: "of the tenant's"})
+    bases = (theirs, MemoLockTask) if first else (MemoLockTask, theirs)
+    with pytest.raises(OptionError, match=f"its base Tenant has an attribute '{name}'"):
+        type("Base", bases, {"abstract": True})
 
 
 def test_nothing_of_celerys_is_changed() -> None:

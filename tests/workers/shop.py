@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import signal
 import threading
 import time
 from dataclasses import dataclass, field
@@ -423,6 +424,8 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
         def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
             if args[0].startswith("too early"):
                 raise Sold(args[0])
+            if args[0].startswith("killed"):
+                os.kill(os.getpid(), signal.SIGKILL)
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             match args[0].split(":")[0]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +69,29 @@ def script(server: Server) -> Callable[..., str]:
         return done.stdout.strip()
 
     return run
+
+
+def test_commands_know_what_workers_import(server: Server, tmp_path: Path) -> None:
+    """A command finds a task in a module that the app only names, and says so if there is none at all."""
+    (tmp_path / "proj.py").write_text(
+        f"from celery import Celery\napp = Celery('proj', broker={server.url!r}, include=['proj_tasks'])\n"
+    )
+    (tmp_path / "proj_tasks.py").write_text(
+        "from celery_memolock import memolocked_task\n@memolocked_task(ttl=5)\ndef size(key): return len(key)\n"
+    )
+
+    def peek(task: str, app: str = "proj") -> str:
+        command = [sys.executable, "-m", "celery", "-A", app, "memolock", "peek", task, "-a", '["a"]']
+        paths = f"{tmp_path}{os.pathsep}{ROOT}"
+        done = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+        )
+        return done.stderr
+
+    assert "no value is stored" in peek("proj_tasks.size")
+    assert "those are: proj_tasks.size" in peek("proj_tasks.sise")
+    (tmp_path / "bare.py").write_text("from celery import Celery\napp = Celery('bare', broker='memory://')\n")
+    assert "it has none (include=" in peek("proj_tasks.size", "bare")
 
 
 def test_web_thread_finds_the_one_app(any_shop: tuple[Shop, str, str], script: Callable[..., str], key: str) -> None:

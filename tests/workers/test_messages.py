@@ -17,7 +17,7 @@ from tests.workers.shop import WAYS_OUT, Shop, Sold, make
 AnyShop = tuple[Shop, str, str]
 
 
-@pytest.fixture(params=["beside", "within"])
+@pytest.fixture(params=["beside", "within", "within both"])
 def instrumented(request: pytest.FixtureRequest) -> Iterator[None]:
     """An instrumentation that adds headers, as Celery nests them, to all that this process sends.
 
@@ -26,8 +26,11 @@ def instrumented(request: pytest.FixtureRequest) -> Iterator[None]:
 
     def nest(headers: dict[str, Any], **_: Any) -> None:
         headers["headers"] = {"trace-id": "0af7651916cd43dd", "baggage": {"memolock": 1}}
-        if request.param == "within" and "memolock" in headers:
-            headers["headers"]["memolock"] = headers.pop("memolock")
+        inner = headers["headers"]
+        if request.param == "within both":
+            inner = inner["headers"] = {}
+        if "within" in request.param and "memolock" in headers:
+            inner["memolock"] = headers.pop("memolock")
 
     signals.before_task_publish.connect(nest)
     yield
@@ -157,8 +160,19 @@ def test_one_address_for_two_servers(server: Server, start_worker: Callable[...,
     assert made.ran(f"{key} late") == 0
 
 
-def test_wrong_option_in_the_worker_alone(server: Server, start_worker: Callable[..., Any], key: str) -> None:
+@pytest.mark.parametrize("name", ["memolock_laese", "memolock_redis_url"])
+def test_wrong_option_in_the_worker_alone(
+    server: Server, start_worker: Callable[..., Any], key: str, name: str
+) -> None:
     """A worker whose own configuration is wrong tells those who wait, by the error that it has itself."""
-    made, _ = start_worker(server.url, server.url, misspelt="memolock_laese")
-    with pytest.raises(Exception, match="memolock_laese"):
+    made, _ = start_worker(server.url, server.url, misspelt=name)
+    with pytest.raises(Exception, match=name):
         made.stock.get_cached(key)
+
+
+def test_refused_message(any_shop: AnyShop, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message in a serializer that the worker does not accept is told to those who wait."""
+    made, *_ = any_shop
+    monkeypatch.setattr(made.tasks["plain"], "serializer", "pickle")
+    with pytest.raises(FlightFailed, match=r"refused the message: ContentDisallowed: .* pickle"):
+        made.plain.get_cached(key)
