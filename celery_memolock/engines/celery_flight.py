@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from datetime import datetime, timezone
 from typing import Any, Final
@@ -83,17 +84,11 @@ class CeleryEngine(InThreads):
     def send(self, ticket: Ticket, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: float) -> None:
         """Publish the flight's message; see `Engine.send`."""
         task, headers = self._task, self._headers(ticket)
-
-        def publish() -> None:
-            before = _publishing.set((task.name, headers))
-            try:
-                # Nobody asks for this result by its task id, so it needs no place in a result backend.
-                task.apply_async(args, dict(kwargs), headers=headers, ignore_result=True)
-            finally:
-                _publishing.reset(before)
-
+        before = _publishing.set((task.name, headers))
         try:
-            within(timeout, publish)
+            # Nobody asks for this result by its task id: it needs no place in a result backend, or in its parent's.
+            unasked = {"ignore_result": True, "add_to_parent": False}
+            task.apply_async(args, dict(kwargs), headers=headers, producer=_Bounded(task.app, timeout), **unasked)
         except (KombuEncodeError, TypeError) as error:
             raise self._unsendable(args, kwargs, error) from error
         except TooSlow as error:
@@ -102,6 +97,8 @@ class CeleryEngine(InThreads):
             raise DispatchError(
                 f"the message of task {task.name!r} could not be sent to {self._broker()}: {error}"
             ) from error
+        finally:
+            _publishing.reset(before)
 
     def attendance(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Future[str] | None:
         """Ask the broker, or the workers themselves; see `Engine.attendance`."""
@@ -127,6 +124,31 @@ class CeleryEngine(InThreads):
             whose, call, f"Celery's serializer {name!r}", lambda value: serialization.dumps(value, serializer=name)
         )
         return found or ArgumentError(f"the arguments of {whose} cannot be sent: {error}")
+
+
+class _Bounded:
+    """Stands for a producer of Celery's, and gives up a broker that does not answer.
+
+    Only what may block is done in another thread: a class's own `apply_async`, a handler of a signal, and Celery itself
+    look for what belongs to the thread that asks, such as the tenant of a request or the task that runs.
+    """
+
+    def __init__(self, app: Any, timeout: float) -> None:
+        self._app = app
+        self._timeout = timeout
+        self.connection = self  # of which Celery wants nothing but the next method
+
+    def _reraise_as_library_errors(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def publish(self, *args: Any, **options: Any) -> None:
+        """Publish as one of Celery's own producers does."""
+
+        def publish() -> None:
+            with self._app.producer_or_acquire() as producer, producer.connection._reraise_as_library_errors():
+                producer.publish(*args, **options)
+
+        within(self._timeout, publish)
 
 
 # ---- the headers -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import queue
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Generic, TypeVar
@@ -18,9 +19,9 @@ from celery import Celery, Task, _state
 from celery.contrib.testing.worker import start_worker
 from celery.worker.request import Request
 
-from celery_memolock import MemoLockTask, OptionError, current_flight, external, memolocked_task
+from celery_memolock import MISS, MemoLockTask, OptionError, current_flight, external, memolocked_task
 from celery_memolock.server import Server
-from tests.workers.conftest import in_background
+from tests.workers.conftest import in_background, until
 
 T = TypeVar("T")
 
@@ -117,6 +118,17 @@ class OwnHeaders(Task):
         return super().apply_async(args, kwargs, *more, **{**options, "headers": {"tenant": "one"}})
 
 
+class OfThread(Task):
+    """Sends with each message what it knows of the thread that sends it."""
+
+    abstract = True
+    known: ClassVar[Any] = threading.local()
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
+        headers = {**(options.pop("headers", None) or {}), "tenant": getattr(self.known, "tenant", None)}
+        return super().apply_async(args, kwargs, *more, headers=headers, **options)
+
+
 class OwnSignature(Task):
     """Makes the message of a retry from scratch."""
 
@@ -159,6 +171,7 @@ BASES: list[type[Any]] = [
     OwnNames,
     Retrying,
     OwnHeaders,
+    OfThread,
     OwnSignature,
     OwnSignatureFirst,
     Calling,
@@ -245,6 +258,17 @@ def tasks(server: Server) -> Iterator[dict[str, Any]]:
         def handed_out(self: Any, number: int) -> None:
             tokens.put(current_flight.token)
 
+    @memolocked_task(app=app, ttl=60, base=OfThread, name="sender", bind=True)
+    def sender(self: Any, number: int) -> Any:
+        return [self.request.tenant, self.request.parent_id]
+
+    @memolocked_task(app=app, ttl=60, base=OfThread, name="parent", bind=True)
+    def parent(self: Any, number: int) -> Any:
+        self.known.tenant = f"the parent of {number}"
+        sender.with_options(nested="dispatch").refresh(number)
+        return self.request.id
+
+    made.update(sender=sender, parent=parent)
     for cls in (ByMethod, ByStaticMethod, ByClassMethod):
         made[cls.__name__] = app.register_task(cls(3))
     app.finalize()
@@ -279,6 +303,17 @@ def test_nothing_to_tell(
     assert plain.peek(4) == [4, 0]
     plain.delay(0).get(10, interval=0.01)  # the worker has come to its next message
     assert not [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_sender(tasks: dict[str, Any]) -> None:
+    """A class's own `apply_async` runs in the thread that asks, and a flight has the task that asks as its parent."""
+    sender, parent = tasks["sender"], tasks["parent"]
+    OfThread.known.tenant = "the tenant"
+    assert sender.get_cached(1) == ["the tenant", None]
+    assert sender.invalidate(1)
+    identity = parent.get_cached(1)
+    until(lambda: sender.peek(1) is not MISS)
+    assert sender.peek(1) == ["the parent of 1", identity]
 
 
 def test_own_request(tasks: dict[str, Any]) -> None:
