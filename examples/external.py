@@ -26,7 +26,7 @@ from celery_memolock import current_flight, external, memolocked_task
 REDIS_URL = os.environ.get("MEMOLOCK_REDIS_URL", "redis://localhost:6379/0")
 app = Celery("examples.external", broker=REDIS_URL)
 app.conf.memolock_redis_url = REDIS_URL
-client: Any = redis.Redis.from_url(REDIS_URL)
+client: Any = redis.Redis.from_url(REDIS_URL, socket_timeout=None)  # it waits for tokens as long as it takes
 
 
 @memolocked_task(ttl=30, external=True, external_timeout=60, wait_timeout=60, app=app)

@@ -91,7 +91,7 @@ def test_external(environment: dict[str, str], own_server: Server, start_worker:
         with subprocess.Popen([*example, "ask", article], cwd=ROOT, env=environment, stdout=subprocess.PIPE) as asking:
             command = [*example, "settle", article, value]
             if article == "tea":
-                with redis.Redis.from_url(own_server.url) as client:
+                with redis.Redis.from_url(own_server.url, socket_timeout=60) as client:
                     found: Any = client.blpop([f"tokens:{article}"], 30)
                 command = [sys.executable, "-c", "from celery_memolock.cli import main; main()"]
                 command += ["settle", found[1].decode(), value]
