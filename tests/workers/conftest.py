@@ -236,6 +236,12 @@ def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
     return found
 
 
+#: For tests in which another process asks, which has a driver of its own.
+BROKERS = pytest.mark.parametrize(
+    "any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)], indirect=True
+)
+
+
 def in_a_process(of: tuple[shop.Shop, str, str], code: str, *args: str) -> subprocess.CompletedProcess[str]:
     """Run some code as another web process of a shop."""
     with another_process(of, code, *args) as process:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -9,14 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from celery_memolock import DispatchError, MemoLockTask, StoreUnavailable
 from celery_memolock.engines.celery_settings import store_of
 from celery_memolock.server import Server
-from tests.workers.conftest import ROOT, in_background
+from tests.forks import Forks
+from tests.workers.conftest import BROKERS, ROOT, in_background
 from tests.workers.shop import Shop, make
 
 COMMON = """
@@ -52,19 +53,12 @@ def stock(key, value="stock"):
 
 
 @pytest.fixture
-def script(server: Server) -> Callable[..., str]:
+def script(server: Server, forks: Forks) -> Callable[..., str]:
     """Run some lines after the common ones, and return what they print."""
 
     def run(text: str, **environment: str) -> str:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("MEMOLOCK", "CELERY"))}
-        done = subprocess.run(
-            [sys.executable, "-c", COMMON + text],
-            cwd=ROOT,
-            env={**clean, "URL": server.url, **environment},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = forks.run(COMMON + text, folder=ROOT, environment={**clean, "URL": server.url, **environment})
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -94,6 +88,7 @@ def test_commands_know_what_workers_import(server: Server, tmp_path: Path) -> No
     assert "it has none (include=" in peek("proj_tasks.size", "bare")
 
 
+@BROKERS
 def test_web_thread_finds_the_one_app(any_shop: tuple[Shop, str, str], script: Callable[..., str], key: str) -> None:
     """A thread that did not create the app uses the only one there is, without `set_default`."""
     made, broker, store = any_shop
@@ -298,28 +293,35 @@ def test_broker_frozen(server: Server, prefix: str, silent: str, key: str) -> No
         made.stock.with_options(dispatch_lease=0.5).get_cached(key)
 
 
-def test_command_line(server: Server, prefix: str, key: str) -> None:
+#: Several commands in one process, which read the arguments that a shell would give them.
+COMMANDS = """
+import json, sys
+from celery.bin.celery import celery
+from click.testing import CliRunner
+
+found = [CliRunner().invoke(celery, words) for words in json.loads(sys.argv[1])]
+print(json.dumps([each.output for each in found]))
+"""
+
+
+def test_command_line(server: Server, prefix: str, key: str, forks: Forks) -> None:
     """Operators look at, drop and renew values; without an app the command refuses."""
     made = make(server.url, server.url, prefix)
     made.stock.set_cached({"pieces": 7}, key)
     environment = {**os.environ, "SHOP_BROKER": server.url, "SHOP_STORE": server.url, "SHOP_PREFIX": prefix}
-
-    def run(*words: str) -> Any:
-        return subprocess.run(
-            [sys.executable, "-m", "celery", *words],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    ours = ("-A", "tests.workers.shop", "memolock")
-    arguments = ("shop.stock", "--args", f'["{key}"]')
-    assert run(*ours, "peek", *arguments).stdout.strip() == '{"pieces": 7}'
-    assert run(*ours, "invalidate", *arguments).stdout.strip() == "dropped"
-    assert "no value is stored" in run(*ours, "peek", *arguments).stderr
-    assert "started" in run(*ours, "refresh", *arguments).stdout
-    assert "shop.stock" in run(*ours, "peek", "shop.nope").stderr
-    assert "no JSON" in run(*ours, "peek", "shop.stock", "--args", "[").stderr
-    assert "name the app" in run("memolock", "peek", *arguments).stderr
+    ours = ["-A", "tests.workers.shop", "memolock"]
+    arguments = ["shop.stock", "--args", f'["{key}"]']
+    command = [sys.executable, "-m", "celery", *ours, "peek", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, '{"pieces": 7}'), done.stderr
+    commands = [["memolock", "peek", *arguments]]  # the others load the app
+    commands += [[*ours, command, *arguments] for command in ("invalidate", "peek", "refresh")]
+    commands += [[*ours, "peek", "shop.nope"], [*ours, "peek", "shop.stock", "--args", "["]]
+    done = forks.run(COMMANDS, json.dumps(commands), folder=ROOT, environment=environment)
+    no_app, dropped, gone, started, unknown, malformed = json.loads(done.stdout.splitlines()[-1])
+    assert dropped.strip() == "dropped"
+    assert "no value is stored" in gone
+    assert "started" in started
+    assert "shop.stock" in unknown
+    assert "no JSON" in malformed
+    assert "name the app" in no_app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.workers.conftest import in_a_process
+from tests.workers.conftest import BROKERS, in_a_process
 from tests.workers.shop import Shop
 
 FORK = """
@@ -23,6 +23,7 @@ print(json.dumps(shop.stock.get_cached(key + " in the parent")), flush=True)
 """
 
 
+@BROKERS
 def test_fork_after_use(any_shop: tuple[Shop, str, str], key: str) -> None:
     """A process that forks after its first use: parent and child both go on, each with a listener of its own."""
     done = in_a_process(any_shop, FORK, key)
@@ -39,6 +40,7 @@ shop.await_start(sys.argv[1])
 """
 
 
+@BROKERS
 def test_exit_with_waiters(any_shop: tuple[Shop, str, str], key: str) -> None:
     """A process may end while its threads wait."""
     done = in_a_process(any_shop, EXIT, key)
@@ -59,6 +61,7 @@ print(len({str(job.value) for job in jobs}))
 """
 
 
+@BROKERS
 def test_greenlets(any_shop: tuple[Shop, str, str], key: str) -> None:
     """200 greenlets of one process wait for one run."""
     done = in_a_process(any_shop, GREENLETS, key)

@@ -7,16 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from celery_memolock import MISS
-from tests.workers.conftest import ROOT, in_background, until
+from tests.workers.conftest import BROKERS, ROOT, in_background, until
 from tests.workers.shop import Shop
 
 AnyShop = tuple[Shop, str, str]
 
 
-@pytest.mark.parametrize("any_shop", ["redis", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)], indirect=True)
+@BROKERS
 def test_beat(any_shop: AnyShop, tmp_path: Path) -> None:
     """`refresh_every` registers the calls with beat, and their values are there without anybody asking."""
     made, broker, store = any_shop
