@@ -1,7 +1,7 @@
 """One of several web processes: for each line on standard input, ask with many callers at once.
 
-A line is JSON: ``[task, arguments]``. The answer is one JSON list of what the callers got. They are threads, or with
-``MEMOLOCK_DRIVER=asyncio`` coroutines of one loop.
+A line is JSON: ``[driver, task, arguments]``. The answer is one JSON list of what the callers got. They are threads, or
+coroutines of one loop.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def main() -> None:
     print(json.dumps("ready"), flush=True)
     with asyncio.Runner() if sys.version_info >= (3, 11) else _Runner() as runner:
         for line in sys.stdin:
-            name, arguments = json.loads(line)
+            driver, name, arguments = json.loads(line)
             task = shop.tasks[name]
-            if shop.driver == "asyncio":
+            if driver == "asyncio":
                 got = runner.run(coroutines(task, arguments, callers))
             else:
                 got = threads(task, arguments, callers)

@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import pytest
@@ -35,14 +36,15 @@ pytestmark = pytest.mark.parametrize(
 class Crowd:
     """400 callers in four processes that stay alive from one key to the next."""
 
-    def __init__(self, processes: list[subprocess.Popen[str]]) -> None:
+    def __init__(self, processes: list[subprocess.Popen[str]], driver: str) -> None:
         self._processes = processes
+        self._driver = driver
 
     def ask(self, task: str, *arguments: Any) -> list[Any]:
         """Have all callers ask for one key at once; return what they got."""
         for process in self._processes:
             assert process.stdin is not None
-            process.stdin.write(json.dumps([task, arguments]) + "\n")
+            process.stdin.write(json.dumps([self._driver, task, arguments]) + "\n")
             process.stdin.flush()
         return [answer for process in self._processes for answer in self._answer(process)]
 
@@ -53,32 +55,34 @@ class Crowd:
 
 
 @pytest.fixture(scope="module")
-def crowd(any_shop: tuple[Shop, str, str]) -> Iterator[Crowd]:
-    """The callers of a shop."""
-    made, broker, store = any_shop
-    environment = {
-        **os.environ,
-        "SHOP_BROKER": broker,
-        "SHOP_STORE": store,
-        "SHOP_PREFIX": made.app.conf.memolock_prefix,
-        "MEMOLOCK_DRIVER": made.driver,
-    }
+def processes() -> Iterator[Callable[[tuple[Shop, str, str]], list[subprocess.Popen[str]]]]:
+    """Return the processes of a shop, started once for both drivers."""
     command = [sys.executable, "-m", "tests.workers.crowd", str(THREADS)]
     with ExitStack() as stack:
-        processes = [
-            stack.enter_context(
+
+        @cache
+        def of(prefix: str, broker: str, store: str) -> list[subprocess.Popen[str]]:
+            environment = {**os.environ, "SHOP_BROKER": broker, "SHOP_STORE": store, "SHOP_PREFIX": prefix}
+            started = [
                 subprocess.Popen(
                     command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
                 )
-            )
-            for _ in range(PROCESSES)
-        ]
-        for process in processes:
-            assert Crowd._answer(process) == "ready"
-        yield Crowd(processes)
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.close()
+                for _ in range(PROCESSES)
+            ]
+            for process in started:
+                stack.enter_context(process)
+                stack.callback(process.kill)
+            for process in started:
+                assert Crowd._answer(process) == "ready"
+            return started
+
+        yield lambda shop: of(shop[0].app.conf.memolock_prefix, *shop[1:])
+
+
+@pytest.fixture(scope="module")
+def crowd(any_shop: tuple[Shop, str, str], processes: Callable[..., list[subprocess.Popen[str]]]) -> Crowd:
+    """The callers of a shop."""
+    return Crowd(processes(any_shop), any_shop[0].driver)
 
 
 @pytest.mark.repeat
