@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml
 
 # More processes than cores: they wait for most of their time.
 test: $(STAMP)   ## unit, contract and integration tests on an own server
-	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 model: $(STAMP)  ## the protocol under the model checker Spin, within small bounds (needs spin and gcc)
 	$(BIN)/python -m pytest -n 2 -m "model and not exhaustive" $(ARGS)
