@@ -214,9 +214,12 @@ def is_fallback(app: Any) -> bool:
 
 
 def _refuse_names(name: str, cls: type[Any]) -> None:
-    """Raise `OptionError` where a class that is not ours has an attribute of our name: one would hide the other."""
+    """Raise `OptionError` where another class of tasks has an attribute of our name: one would hide the other.
+
+    A class that is no task's means to add to ours.
+    """
     for base in cls.__mro__:
-        if not issubclass(base, MemoLockTask) and base not in MemoLockTask.__mro__:
+        if issubclass(base, celery.Task) and not issubclass(base, MemoLockTask) and base not in MemoLockTask.__mro__:
             for both in sorted(_OUR_NAMES & vars(base).keys()):
                 raise OptionError(
                     f"task {name!r}: its base {base.__qualname__} has an attribute {both!r}, as memolock's tasks have: "

@@ -257,6 +257,8 @@ def test_names_that_a_class_shares_with_ours(app: Celery, name: str, first: bool
     bases = (theirs, MemoLockTask) if first else (MemoLockTask, theirs)
     with pytest.raises(OptionError, match=f"its base Tenant has an attribute '{name}'"):
         type("Base", bases, {"abstract": True})
+    mixin = type("Mixin", (), {"memolock": {"ttl": 5}, "peek": lambda self: "by the mixin"})  # which is no task
+    assert type("Base", (mixin, MemoLockTask), {"abstract": True})().peek() == "by the mixin"
 
 
 def test_nothing_of_celerys_is_changed() -> None:
