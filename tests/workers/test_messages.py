@@ -28,7 +28,7 @@ def instrumented(request: pytest.FixtureRequest) -> Iterator[None]:
         headers["headers"] = {"trace-id": "0af7651916cd43dd", "baggage": {"memolock": 1}}
         inner = headers["headers"]
         if request.param == "within both":
-            inner = inner["headers"] = {}
+            inner["headers"] = inner = {}
         if "within" in request.param and "memolock" in headers:
             inner["memolock"] = headers.pop("memolock")
 
