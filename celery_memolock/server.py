@@ -220,12 +220,9 @@ class Server:
                 raise
 
     def wait(self) -> None:
-        """Return when its process has ended, whoever ended it.
-
-        Raises:
-            ServerFailed: it does not run.
-        """
-        self._alive().wait()
+        """Return when its process has ended, whoever ended it."""
+        if self._process is not None:
+            self._process.wait()
 
     def stop(self) -> None:
         """End it and remove its directory; does nothing when it is not started.
