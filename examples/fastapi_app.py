@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import closing
 from urllib.parse import urlsplit
 
 from celery import Celery
@@ -40,7 +41,7 @@ def stock(article: str) -> dict[str, object]:
     until = time.monotonic() + SECONDS
     rows = 0
     query = "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t WHERE n < 200000) SELECT count(*) FROM t"
-    with sqlite3.connect(":memory:") as database:
+    with closing(sqlite3.connect(":memory:")) as database:
         while time.monotonic() < until:
             rows += database.execute(query).fetchone()[0]
             current_flight.progress(max(0.0, min(1.0, 1 - (until - time.monotonic()) / SECONDS)), "reading")

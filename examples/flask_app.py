@@ -10,6 +10,7 @@ then open http://127.0.0.1:8000/stock/tea. `docker compose up` starts all three.
 
 import os
 import sqlite3
+from contextlib import closing
 
 from celery import Celery
 from flask import Flask, Response, jsonify
@@ -25,7 +26,7 @@ app = Flask(__name__)
 @memolocked_task(ttl=5, wait_timeout=10, app=celery_app)
 def stock(article: str) -> dict[str, object]:
     """Report on an article from a table of its own making: some tenths of a second of honest work."""
-    with sqlite3.connect(":memory:") as database:
+    with closing(sqlite3.connect(":memory:")) as database:
         query = """
             WITH RECURSIVE movement(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM movement WHERE n < 500000)
             SELECT count(*), sum(n % 7) FROM movement WHERE n % 3 = length(?) % 3

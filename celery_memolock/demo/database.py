@@ -98,8 +98,10 @@ class Database:
         )
 
     def drop(self) -> None:
-        """Remove the table."""
+        """Remove the table, and close this thread's connection."""
         self._run("DROP TABLE IF EXISTS memolock_demo_visitor")
+        self._local.connection.close()
+        del self._local.connection
 
     def _filling(self) -> str:
         if self._postgres:
