@@ -30,15 +30,22 @@ def missing(what: str) -> None:
     pytest.skip(what)
 
 
-_LEFT_OUT = pytest.StashKey[str]()
+#: Whether there is a RabbitMQ node on which virtual hosts may be created.
+_AMQP = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Leave the AMQP lane out at a desk without a RabbitMQ; in CI its tests then fail."""
-    # A process of pytest-xdist gets the expression from the one that started it.
-    if not os.environ.get("CI") and not hasattr(config, "workerinput") and not has_rabbitmq():
+    told = getattr(config, "workerinput", {})  # to a process of pytest-xdist, by the one that started it
+    config.stash[_AMQP] = told["amqp"] if told else bool(os.environ.get("CI")) or _has_rabbitmq()
+    if not config.stash[_AMQP]:
         config.option.markexpr = f"({config.option.markexpr or 'rabbitmq or not rabbitmq'}) and not rabbitmq"
-        config.stash[_LEFT_OUT] = "no RabbitMQ node that rabbitmqctl may use: the tests over AMQP are left out"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Have all processes of pytest-xdist collect the same."""
+    node.workerinput["amqp"] = node.config.stash[_AMQP]
 
 
 #: In which order the folders come: first those whose files take long, so that none is left to one process at the end.
@@ -51,17 +58,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ORDER.index(item.path.parent.name) if item.path.parent.name in ORDER else -1)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say in a line each how large a search of the model was, and what was left out."""
     for report in terminalreporter.getreports("passed"):
         for found in (value for name, value in report.user_properties if name == "found"):
             terminalreporter.write_line(f"{found}: {report.nodeid.partition('::')[2]}")
-    if said := terminalreporter.config.stash.get(_LEFT_OUT, None):
-        terminalreporter.write_line(said)
+    if not config.stash[_AMQP]:
+        terminalreporter.write_line("no RabbitMQ node that rabbitmqctl may use: the tests over AMQP are left out")
 
 
-def has_rabbitmq() -> bool:
-    """Whether there is a RabbitMQ node on which virtual hosts may be created."""
+def _has_rabbitmq() -> bool:
     control = shutil.which("rabbitmqctl")
     return control is not None and subprocess.run([control, "-q", "status"], capture_output=True).returncode == 0
 
