@@ -231,6 +231,11 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
         ran(key)
         return key + request
 
+    @app.task(base=MemoLockTask, shared=False, name="shop.pickled", serializer="pickle", memolock={"ttl": 60})
+    def pickled(key: str) -> str:
+        ran(key)
+        return key
+
     class ByClass(MemoLockTask[[str], str]):
         name = "shop.by_class"
         memolock: ClassVar[dict[str, Any]] = {"ttl": 60, "key": "{key}"}
@@ -466,7 +471,7 @@ def make(broker: str, store: str, prefix: str, records_at: str | None = None, **
     tasks = [stock, plain, slow, gated, failing, unencodable, bound, flaky, retrying, outer, circle, with_base, add]
     tasks += [near, ping, pong, ending, early, soft, hard, expiring, sourced, crowded, missing]
     tasks += [counted, chosen, told, tagged, fallback, typed, reporting, warm, outside, indexed]
-    tasks += [labelled, mistagged, jittered, lines, hooked, leaving, injected]
+    tasks += [labelled, mistagged, jittered, lines, hooked, leaving, injected, pickled]
     named = {task.name.removeprefix("shop."): task for task in [*tasks, by_class]}
     return Shop(app, records, tasks=named)
 

@@ -170,9 +170,8 @@ def test_wrong_option_in_the_worker_alone(
         made.stock.get_cached(key)
 
 
-def test_refused_message(any_shop: AnyShop, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_message(any_shop: AnyShop, key: str) -> None:
     """A message in a serializer that the worker does not accept is told to those who wait."""
     made, *_ = any_shop
-    monkeypatch.setattr(made.tasks["plain"], "serializer", "pickle")
     with pytest.raises(FlightFailed, match=r"refused the message: ContentDisallowed: .* pickle"):
-        made.plain.get_cached(key)
+        made.pickled.get_cached(key)
