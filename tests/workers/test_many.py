@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from celery_memolock import ArgumentError, WaitTimeout
 from celery_memolock.engines.celery_settings import store_of
+from celery_memolock.server import Server
 from tests.conftest import commands_run
 from tests.workers.conftest import in_background, until
-from tests.workers.shop import Shop, Sold
+from tests.workers.shop import Shop, Sold, make
 
 AnyShop = tuple[Shop, str, str]
 
@@ -27,11 +30,12 @@ def test_hits_and_misses(any_shop: AnyShop, key: str) -> None:
     assert len(store_of(made.app).inbox.rooms) == 0
 
 
-def test_hits_run_no_script(any_shop: AnyShop, key: str) -> None:
+@pytest.mark.parametrize("driver", ["threads", "asyncio"])
+def test_hits_run_no_script(own_server: Server, prefix: str, key: str, driver: str) -> None:
     """100 hits are 100 GETs, and no script; tests/unit/test_weave.py shows that they are sent together."""
-    made, *_ = any_shop
+    made = replace(make(own_server.url, own_server.url, prefix), driver=driver)
     calls = [(f"{key}-{number}",) for number in range(100)]
-    made.stock.get_cached_many(calls)
+    made.stock.set_cached_many([(call, "stored") for call in calls])
     gets, scripts = (commands_run(made.records, name) for name in ("get", "evalsha"))
     made.stock.get_cached_many(calls)
     assert commands_run(made.records, "get") == gets + 100
