@@ -178,7 +178,7 @@ class Theirs(Request):  # type: ignore[misc]  # Celery's is untyped
     """What an application makes of a message."""
 
 
-class Hooked(Task[Any, Any]):
+class Hooked(Task):  # without subscripts, which only newer Celerys have
     """A task class of an application's own."""
 
     abstract = True
