@@ -383,9 +383,11 @@ def _on_end(sender: Any, state: str | None = None, retval: Any = None, **_: Any)
     A class's own `before_start` or `__call__` may have raised, or the worker be set up otherwise than its callers.
     """
     request = getattr(sender, "request", None)
-    ticket = ticket_in(vars(request)) if getattr(sender, "memolock", None) and hasattr(request, "__dict__") else None
     message: FlightMessage | None = getattr(request, "memolock_flight", None)
-    if ticket is None or (message is not None and message.told):
+    if message is not None and message.told:
+        return  # as nearly always: its ticket need not be read again
+    ticket = ticket_in(vars(request)) if getattr(sender, "memolock", None) and hasattr(request, "__dict__") else None
+    if ticket is None:
         return
     left = retval if isinstance(retval, BaseException) else sys.exc_info()[1]
     if left is None and message is not None:
