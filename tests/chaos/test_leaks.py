@@ -104,10 +104,10 @@ def test_killed_caller(any_shop: tuple[Shop, str, str], key: str) -> None:
 
 @pytest.mark.one_driver
 @pytest.mark.parametrize("driver", ["threads", "asyncio"])
-def test_forged_notices(own_server: Server, start_worker: Start, key: str, driver: str) -> None:
+def test_forged_notices(server: Server, own_server: Server, start_worker: Start, key: str, driver: str) -> None:
     """Whoever can publish to an inbox can make its process look once more, and no more than that."""
-    # Of its own, as runs that other tests have left behind renew their leases, which are scripts, too.
-    made, _ = start_worker(own_server.url, own_server.url, "--concurrency", "1")
+    # A store of its own: kombu has scripts, too, and runs that other tests have left behind renew their leases.
+    made, _ = start_worker(server.url, own_server.url, "--concurrency", "1")
     made = replace(made, driver=driver)
     waiter = in_background(made.gated.with_options(poll_interval=60, max_poll_interval=60, lease=300).get_cached, key)
     made.await_start(key)

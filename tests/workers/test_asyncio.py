@@ -50,10 +50,10 @@ def test_ten_thousand_callers(made: Shop, key: str) -> None:
     assert len(registered(made, key)) == 0
 
 
-def test_commands_of_a_herd(own_server: Server, start_worker: Callable[..., Any], key: str) -> None:
+def test_commands_of_a_herd(server: Server, own_server: Server, start_worker: Callable[..., Any], key: str) -> None:
     """Coroutines that ask at once need one `acquire`, and of scripts that and their winner's `confirm` are all."""
-    # Of its own, as runs that other tests have left behind renew their leases.
-    made, _ = start_worker(own_server.url, own_server.url, "--concurrency", "1")
+    # A store of its own: kombu has scripts, too, and runs that other tests have left behind renew their leases.
+    made, _ = start_worker(server.url, own_server.url, "--concurrency", "1")
 
     async def main(key: str) -> int:
         gated = newcomer.tasks["gated"].with_options(lease=60, poll_interval=60, max_poll_interval=60)
