@@ -36,8 +36,10 @@ __all__ = [
     "Keys",
     "TagKeys",
     "apart",
+    "check_named",
     "entry_prefix",
     "inbox_channel",
+    "is_of_task",
     "pattern",
     "signature_of",
 ]
@@ -127,6 +129,11 @@ def pattern(prefix: str, task: str, kinds: str) -> str:
     return f"{escaped[0]}:{FORMAT}:[{kinds}]:{{{escaped[1]}:*"
 
 
+def is_of_task(keys: Keys, task: str) -> bool:
+    """Whether keys are those of one of a task's calls."""
+    return keys.tag.startswith(f"{_quoted(task)}:")
+
+
 def _quoted(task: str) -> str:
     """Make a task's name one part of a key: a colon in it is none between two parts."""
     return task.replace("%", "%25").replace(":", "%3A")
@@ -150,6 +157,15 @@ def signature_of(function: Callable[..., Any]) -> Signature:
         # What only type checkers import is not there to be evaluated.
         return inspect.signature(function, follow_wrapped=False, annotation_format=Format.STRING)
     return inspect.signature(function, follow_wrapped=False)
+
+
+def check_named(function: object, decorator: str) -> None:
+    """Raise `OptionError` where a decorator stands above what has no name of its own, by which a worker finds it."""
+    if not callable(function) or any(not hasattr(function, name) for name in ("__module__", "__qualname__")):
+        raise OptionError(
+            f"what stands below @{decorator} is no function with a name, but a {type(function).__qualname__}: "
+            f"call it in a function of your own"
+        )
 
 
 def apart(signature: Signature, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -224,7 +240,12 @@ class KeyMaker:
         self._task = task
         self._head = f"{_quoted(task)}:{options.version}:"
         function = _handed_on(function)
-        signature = signature_of(MethodType(function, task) if bound else function)
+        try:
+            signature = signature_of(MethodType(function, task) if bound else function)
+        except (TypeError, ValueError) as error:  # it is written in C, or no function
+            raise OptionError(
+                f"{task!r} does not tell its arguments: call it in a function of your own ({error})"
+            ) from None
         self._signature = signature
         self._options = options
         self._check = check

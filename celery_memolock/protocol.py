@@ -707,7 +707,10 @@ def _value_of(call: Call, entry: Entry) -> Any:
 _STATES: Final[dict[str, tuple[Literal["PENDING", "QUEUED", "RUNNING"], str]]] = {
     "P": ("PENDING", "its message is on the way to the queue"),
     "Q": ("QUEUED", "it waits for a worker"),
-    "R": ("RUNNING", "the task takes longer than wait_timeout"),
+    "R": (
+        "RUNNING",
+        "the task takes longer than wait_timeout, or its worker died, which is known when its lease is over",
+    ),
 }
 
 

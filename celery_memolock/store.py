@@ -638,6 +638,8 @@ def _plain_url(url: str) -> tuple[str, dict[str, Any]]:
     parts = urlsplit(first_url(url))
     query = {name: values[0] for name, values in parse_qs(parts.query).items()}
     scheme = parts.scheme
+    if scheme == "sentinel":
+        raise ValueError(NO_SENTINEL)
     if scheme in ("redis+socket", "socket"):
         scheme = "unix"
         query["db"] = query.pop("virtual_host", query.get("db", "0")).strip("/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import weakref
@@ -18,12 +19,12 @@ from typing_extensions import ParamSpec, Self
 
 from ..codec import Codec
 from ..errors import ConfigurationError, OptionError
-from ..keys import KeyMaker
+from ..keys import KeyMaker, check_named
 from ..memo import CallerMethods, Memo
 from ..options import Options
 from ..shape import Shape
 from .celery_beat import REFRESHING, schedule
-from .celery_flight import CeleryEngine, FlightMessage, message_of, until, with_flights
+from .celery_flight import CeleryEngine, FlightMessage, is_run_here, message_of, until, with_flights
 from .celery_settings import defaults_of
 
 __all__ = ["MemoLockTask", "memolocked_task"]
@@ -145,6 +146,13 @@ class MemoLockTask(CallerMethods[P, R], _Task[P, R]):
                 delay = self.default_retry_delay if countdown is None else countdown
                 flight.requeue(self.request.retries + 1, until(eta) if eta else float(delay or 0))
         return super().retry(*args, **options)
+
+    def signature_from_request(self, request: Any = None, *args: Any, **options: Any) -> Any:
+        """Return what Celery sends for a retry; in a caller's own run it raises as little as the first attempt."""
+        signature = super().signature_from_request(request, *args, **options)
+        if is_run_here(request):
+            signature.options["throw"] = False
+        return signature
 
 
 def _derive_from_apps_class(name: str, cls: type[Any]) -> None:
@@ -294,9 +302,11 @@ def memolocked_task(*misplaced: Any, ttl: Any = None, app: Any = None, **options
     base = options["base"] = _base(options.get("base"))
     for name in options:
         if name not in _CELERY_OPTIONS and not hasattr(base, name):
+            near = difflib.get_close_matches(name, [*_OPTION_NAMES, *_CELERY_OPTIONS], 1)
+            meant = f" (did you mean {near[0]!r}?)" if near else ""
             raise OptionError(
-                f"unknown option {name!r}: neither memolock nor Celery's tasks have it (an attribute of your own "
-                f"goes on a base class). memolock's are: {', '.join(sorted(_OPTION_NAMES))}"
+                f"unknown option {name!r}{meant}: neither memolock nor Celery's tasks have it (an attribute of your "
+                f"own goes on a base class). memolock's are: {', '.join(sorted(_OPTION_NAMES))}"
             )
     checked = Options.build(ours)
 
@@ -306,6 +316,7 @@ def memolocked_task(*misplaced: Any, ttl: Any = None, app: Any = None, **options
                 "what stands below @memolocked_task is a Celery task already: use @memolocked_task alone, or "
                 "@app.task(base=MemoLockTask, memolock={...})"
             )
+        check_named(function, "memolocked_task")
         _check(function.__name__, function, checked, bound=bool(options.get("bind")))
         if app is not None:
             # Celery would register the task with all other apps of the process as well.
@@ -319,9 +330,11 @@ def memolocked_task(*misplaced: Any, ttl: Any = None, app: Any = None, **options
     return decorate
 
 
-def _base(given: type[Any] | None) -> type[Any]:
+def _base(given: Any) -> type[Any]:
     if given is None:
         return MemoLockTask
+    if not isinstance(given, type):
+        raise OptionError(f"base={given!r} of @memolocked_task is no class")
     if issubclass(given, MemoLockTask):
         return given
     return type(given.__name__, (MemoLockTask, given), {"abstract": True, "__module__": given.__module__})

@@ -153,7 +153,7 @@ def run_refresh(memo: Memo[Any, Any], header: Mapping[str, Any], args: tuple[Any
     name = header.get("beat")
     if name is not None:
         calls = _calls(memo.task, memo.options)
-        if name not in calls:
+        if not isinstance(name, str) or name not in calls:
             logger.warning("memolock drops a refresh that beat sent as %r: task %s asks for no such", name, memo.task)
             return
         args, kwargs = calls[name], {}  # as they are in the code, whatever the way through the scheduler made of them

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from celery import signals
 from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown, WorkerTerminate
+from celery.utils import uuid
 from kombu import serialization
 from kombu.exceptions import EncodeError as KombuEncodeError
 
@@ -25,13 +26,14 @@ from ..codec import pack_error
 from ..effects import Defer, Disown, Finished, GoesOn, Interrupted, Raised, Returned, Ticket
 from ..errors import ArgumentError, DispatchError, FlightFailed, MemoLockError, StoreUnavailable
 from ..flight import Flight, grounded
+from ..keys import is_of_task
 from ..store import Store
 from ..work import Outcome, Work, as_wanted, holder_of, read_ticket, unsendable, write_ticket
 from .celery_beat import HEADER, is_refresh, note_run, run_refresh
 from .celery_queues import attendance
 from .celery_settings import store_at, store_of
 
-__all__ = ["CeleryEngine", "FlightMessage", "message_of", "ticket_in", "with_flights"]
+__all__ = ["CeleryEngine", "FlightMessage", "is_run_here", "message_of", "ticket_in", "with_flights"]
 
 logger = logging.getLogger("celery_memolock")
 
@@ -106,9 +108,16 @@ class CeleryEngine(InThreads):
 
     def run_here(self, ticket: Ticket | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a flight, or without a ticket the bare task, in this thread; see `Engine.run_here`."""
+        headers = None if ticket is None else self._headers(ticket)
+        here = _run_here.set(task_id := uuid())
+        try:
+            # Not even with `task_eager_propagates`: that would end a retry, too.
+            result = self._task.apply(args, dict(kwargs), headers=headers, task_id=task_id, throw=False)
+        finally:
+            _run_here.reset(here)
         if ticket is None:
-            return self._task.apply(args, dict(kwargs)).get(disable_sync_subtasks=False)
-        note_run(self._task.apply(args, dict(kwargs), headers=self._headers(ticket), throw=False))
+            return result.get(disable_sync_subtasks=False)
+        note_run(result)
         return None
 
     def _headers(self, ticket: Ticket) -> dict[str, Any]:
@@ -124,6 +133,15 @@ class CeleryEngine(InThreads):
             whose, call, f"Celery's serializer {name!r}", lambda value: serialization.dumps(value, serializer=name)
         )
         return found or ArgumentError(f"the arguments of {whose} cannot be sent: {error}")
+
+
+#: The id of the task that a caller of this context runs for itself.
+_run_here: ContextVar[str | None] = ContextVar("celery_memolock_run_here", default=None)
+
+
+def is_run_here(request: Any) -> bool:
+    """Whether a request of Celery's is that of a task that its caller runs for itself."""
+    return request is not None and request.id is not None and request.id == _run_here.get()
 
 
 class _Bounded:
@@ -184,8 +202,13 @@ def ticket_in(headers: Any) -> Ticket | None:
 _publishing: ContextVar[tuple[str, Mapping[str, Any]] | None] = ContextVar("celery_memolock_publishing", default=None)
 
 
-def _on_publish(sender: Any, body: Any, headers: dict[str, Any], **_: Any) -> None:
-    """Put what is ours into a message at last: a class's `apply_async` or an instrumentation may have dropped it."""
+def _on_publish(
+    sender: Any, body: Any, headers: dict[str, Any], properties: dict[str, Any] | None = None, **_: Any
+) -> None:
+    """Put what is ours into a message at last: a class's `apply_async` or an instrumentation may have dropped it.
+
+    A flight's message that expires is dropped by a worker, which tells those who wait; RabbitMQ would tell nobody.
+    """
     publishing, task = _publishing.get(), _state.get_current_task()
     if publishing is not None and publishing[0] == sender:
         headers.update(publishing[1])
@@ -196,6 +219,8 @@ def _on_publish(sender: Any, body: Any, headers: dict[str, Any], **_: Any) -> No
         replaces = headers.get("replaced_task_nesting", 0) != request.replaced_task_nesting
         if again and not replaces and (header := header_in(vars(request))) is not None:
             headers[HEADER] = header
+    if properties is not None and ticket_in(headers) is not None:
+        properties.pop("expiration", None)
 
 
 # ---- running ---------------------------------------------------------------------------------------------------
@@ -380,14 +405,15 @@ def _ends_worker(error: BaseException) -> bool:
 def _on_end(sender: Any, state: str | None = None, retval: Any = None, **_: Any) -> None:
     """A task's message has ended: if its flight never began, those who wait hear why.
 
-    A class's own `before_start` or `__call__` may have raised, or the worker be set up otherwise than its callers.
+    A class's own `before_start` or `__call__` may have raised, or the worker have other code or settings than its
+    callers.
     """
     request = getattr(sender, "request", None)
     message: FlightMessage | None = getattr(request, "memolock_flight", None)
     if message is not None and message.told:
         return  # as nearly always: its ticket need not be read again
-    ticket = ticket_in(vars(request)) if getattr(sender, "memolock", None) and hasattr(request, "__dict__") else None
-    if ticket is None:
+    ticket = ticket_in(getattr(request, "__dict__", None))
+    if ticket is None or not is_of_task(ticket.keys, sender.name):
         return
     left = retval if isinstance(retval, BaseException) else sys.exc_info()[1]
     if left is None and message is not None:
@@ -395,16 +421,24 @@ def _on_end(sender: Any, state: str | None = None, retval: Any = None, **_: Any)
     if state == "RETRY" or isinstance(left, Retry) or _comes_back(left, sender):
         return  # it comes again
     if left is None:
-        text = f"task {sender.name!r} ended without having run: a __call__ did not call run, or run was patched"
-        error: Exception = FlightFailed(text)
+        error: Exception = _without_flight(sender)
     elif isinstance(left, Exception) and not isinstance(left, Ignore | Reject):
         error = left
     elif _is_terminated(left) or _ends_worker(left):
         return  # the main process tells why, or the lease decides
     else:
         error = _without_value(sender, left)
-    logger.warning("memolock tells those who wait for key %s that its run never began: %r", ticket.keys.tag, error)
+    logger.warning("memolock tells those who wait for key %s that its flight never began: %r", ticket.keys.tag, error)
     tell_failure(sender, ticket, "", error)
+
+
+def _without_flight(task: Any) -> FlightFailed:
+    """Return what those hear who wait for a message that ended as if nobody had waited."""
+    if hasattr(task, "memolock"):
+        text = "ended without having run: a __call__ did not call run, or run was patched"
+    else:
+        text = "is an ordinary task on its worker, which stores no value: is the worker's code that of its callers?"
+    return FlightFailed(f"task {task.name!r} {text}")
 
 
 def tell_failure(task: Any, ticket: Ticket, holder: str, error: Exception | None) -> bool:
@@ -418,8 +452,8 @@ def tell_failure(task: Any, ticket: Ticket, holder: str, error: Exception | None
             outcome = pack_error(error)
             try:
                 ttl = as_wanted(task.memo, ticket).options.error_ttl_of(error)
-            except MemoLockError:
-                pass  # an option of the task may be what is wrong
+            except (AttributeError, MemoLockError):
+                pass  # that this worker has no options of the task, or wrong ones, may be what is told
         with store_at(task.app, ticket.server) as store:
             return bool(store.run(Disown(ticket.keys, ticket.fence, holder, outcome, 30.0, ttl)))
     except MemoLockError as trouble:

@@ -146,9 +146,11 @@ def _said(app: Any) -> dict[str, tuple[str, Any]]:
     # As Celery reads its own settings: of an app with a namespace they may be assigned without it, and without one a
     # module of the old style has all names in capitals, most of them with CELERY in front.
     named = [_spelt(conf.prefix, "memolock_")] if conf.prefix else ["MEMOLOCK_", "CELERY_MEMOLOCK_"]
+    if conf.prefix != "memolock_":  # else so begin all of Celery's own settings
+        named.insert(0, "memolock_")
     found: dict[str, tuple[str, Any]] = {}
     for settings in reversed(conf.maps):
-        for start in ["memolock_", *named]:
+        for start in named:
             for key in (key for key in settings if str(key).startswith(start)):
                 found[key.removeprefix(start).lower()] = key, settings[key]
     return found

@@ -33,7 +33,7 @@ from ..errors import (
     StoreUnavailable,
 )
 from ..flight import Flight, grounded
-from ..keys import KeyMaker
+from ..keys import KeyMaker, check_named
 from ..memo import CallerMethods, Memo, computing
 from ..options import Options, is_async
 from ..shape import Shape
@@ -524,6 +524,7 @@ def memolocked_job(
     where = _Where(queue, connection, redis, checked.prefix)
 
     def decorate(function: Callable[..., Any], /) -> Any:
+        check_named(function, "memolocked_job")
         path = f"{function.__module__}.{function.__qualname__}"
         shape = Shape.of(path, function) if checked.typed else None
         engine = _RqEngine(where, path, function, options)

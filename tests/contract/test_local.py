@@ -200,7 +200,7 @@ def test_deaf_link(site: Site, link: Link) -> None:
         site.there.set_cached(2, "k")
         began = time.monotonic()
         until(lambda: not site.kept("k"))
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 8  # of the minute that it would be kept
     until(lambda: site.here.get_cached("k") == 2)
 
 

@@ -221,11 +221,12 @@ def test_time_out(shop: Asked, key: str) -> None:
     """Who gives up leaves no registration behind; the flight goes on."""
     runner = in_background(shop.gated.get_cached, key)
     shop.await_start(key)
-    impatient = shop.gated.with_options(wait_timeout=0.3)
+    impatient = shop.gated.with_options(wait_timeout=0.5)
     other = shop.others[0]
     other.tell(
         "from celery_memolock import WaitTimeout\n"
-        "try: answer = place.tasks['gated'].with_options(wait_timeout=0.3).get_cached(args[0])\n"
+        "place.tasks['gated'].peek(args[0])\n"  # its time is for waiting, and not for connecting
+        "try: answer = place.tasks['gated'].with_options(wait_timeout=0.5).get_cached(args[0])\n"
         "except WaitTimeout as error: answer = str(error)",
         key,
     )

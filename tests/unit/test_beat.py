@@ -5,10 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from celery import Celery, signals
 from celery.beat import Service
 
 from celery_memolock import MemoLockTask, memolocked_task
+from celery_memolock.engines.celery_beat import run_refresh
 
 
 def _made(name: str) -> Celery:
@@ -69,3 +71,11 @@ def test_abstract_bases() -> None:
     cold = app.task(name="cold", base=Warm, shared=False, memolock={"ttl": 60})(compute)
     assert {(entry.task, entry.args) for entry in _scheduled(app).values()} == {("one", ()), ("two", ())}
     assert cold.memo.options.refresh_every is None
+
+
+@pytest.mark.parametrize("mark", [{"a": 1}, ["a"], 5, "of another task"])
+def test_spoilt_mark(mark: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A refresh that no schedule of this task has sent is dropped, whatever stands in it."""
+    memo = _made("spoilt").tasks["report"].memo
+    run_refresh(memo, {"refresh": True, "beat": mark}, ("k",), {})
+    assert f"memolock drops a refresh that beat sent as {mark!r}" in caplog.text

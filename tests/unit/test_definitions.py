@@ -38,6 +38,23 @@ def says(key: str) -> list[int]:
     return [len(key)]
 
 
+@pytest.mark.parametrize("what", [5, functools.partial(says, "k"), str.join, type])
+@pytest.mark.parametrize("decorator", [memolocked_task, functools.partial(memolocked_job, "q", connection="redis://h")])
+def test_a_decorator_over_no_function(decorator: Any, what: Any) -> None:
+    """What has no name, or does not tell what it takes, is refused with a way out."""
+    with pytest.raises(OptionError, match="call it in a function of your own"):
+        decorator(ttl=5)(what)
+
+
+def test_options_that_are_misspelt(app: Celery) -> None:
+    """What was meant is proposed, be it an option of ours or one of Celery's; a base must be a class."""
+    for wrong, meant in (("stale_tll", "stale_ttl"), ("autoretry_fro", "autoretry_for")):
+        with pytest.raises(OptionError, match=f"unknown option '{wrong}' .did you mean '{meant}'"):
+            memolocked_task(app=app, ttl=5, **{wrong: 5})
+    with pytest.raises(OptionError, match="base='x' of @memolocked_task is no class"):
+        memolocked_task(app=app, ttl=5, base="x")
+
+
 @pytest.mark.parametrize("function", [silent, says_none])
 def test_typed_without_a_type(app: Celery, function: Any) -> None:
     """`typed=True` needs a function that says what it returns, however the task is made."""

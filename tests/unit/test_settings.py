@@ -195,8 +195,20 @@ PROBLEMS = {
     "parameter": (f"redis://:{SECRET}w0rd@h:1/0?nonsense=1", "nonsense"),
     "certificates": (f"rediss://:{SECRET}w0rd@h:1/0?ssl_cert_reqs=nonsense", "nonsense|must be set to"),
     "provider": (f"redis://:{SECRET}w0rd@h:1/0?credential_provider=no.such.Provider", "no|credential_provider"),
-    "sentinel": (f"sentinel://:{SECRET}w0rd@h:26379;sentinel://i:26379", "Sentinel|must specify one of"),
+    "sentinel": (f"sentinel://:{SECRET}w0rd@h:26379;sentinel://i:26379", "does not know Redis Sentinel"),
 }
+
+
+@pytest.mark.parametrize("namespace", ["memolock", "MEMOLOCK"])
+def test_a_namespace_of_our_name(namespace: str) -> None:
+    """Where all of Celery's settings begin with it, too, ours are those with the name twice."""
+    app = Celery("mine", set_as_current=False)
+    settings = {"memolock_broker_url": "redis://broker:1/0", "memolock_memolock_lease": 7, "memolock_task_acks_late": 1}
+    if namespace.isupper():
+        settings = {name.upper(): value for name, value in settings.items()}
+    app.config_from_object(SimpleNamespace(**settings), namespace=namespace)
+    assert defaults_of(app) == {"lease": 7}
+    assert settings_of(app)["host"] == "broker"
 
 
 @pytest.mark.parametrize("setting", ["broker_url", "result_backend", "memolock_redis_url"])

@@ -238,6 +238,43 @@ print(error_of(here.get_cached, "bad"))
     assert error == "KeyError: 'bad'"
 
 
+@pytest.mark.parametrize("url", ["URL", "DEAD", "None"])
+@pytest.mark.parametrize("propagates", [True, False])
+def test_eager_retries(script: Callable[..., str], url: str, propagates: bool, prefix: str) -> None:
+    """In eager mode a caller gets what the last attempt came to, and the next caller does not wait for another."""
+    text = f"""
+import asyncio
+app = Celery("web", broker="amqp://127.0.0.1:1")
+app.conf.update(task_always_eager=True, task_eager_propagates={propagates})
+app.conf.update(memolock_redis_url={url}, memolock_prefix={prefix!r})
+runs = []
+
+@memolocked_task(ttl=60, autoretry_for=(KeyError,), default_retry_delay=0, max_retries=3)
+def twice_in_vain(key):
+    runs.append(key)
+    if runs.count(key) < 3:
+        raise KeyError(key)
+    return key
+
+@memolocked_task(ttl=60, bind=True, max_retries=2, retry_backoff=False)
+def in_vain(self, key):
+    runs.append(key)
+    try:
+        raise KeyError(key)
+    except KeyError as error:
+        self.retry(exc=error, countdown=0)
+
+print(twice_in_vain.get_cached("k"), asyncio.run(twice_in_vain.aget_cached("a")), runs)
+runs.clear()
+print(error_of(in_vain.get_cached, "k"), error_of(in_vain.get_cached, "k"), len(runs))
+print(error_of(in_vain.delay, "k").partition(":")[0])
+"""
+    values, errors, plain = script(text).splitlines()
+    assert values == "k a ['k', 'k', 'k', 'a', 'a', 'a']"
+    assert errors == "KeyError: 'k' KeyError: 'k' 6"
+    assert plain == ("Retry" if propagates else "returned <EagerResult")  # as ever
+
+
 def test_wrong_options_at_import(script: Callable[..., str]) -> None:
     """A wrong option of the decorator is refused when the module is imported, by its name."""
     text = """

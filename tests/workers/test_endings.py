@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from billiard.exceptions import SoftTimeLimitExceeded
 
 from celery_memolock import MISS, FlightFailed
 from celery_memolock.server import Server
-from tests.workers.conftest import in_background, until
+from tests.workers.conftest import BROKERS, in_background, until
 from tests.workers.shop import Shop, make
 
 AnyShop = tuple[Shop, str, str]
@@ -86,19 +88,36 @@ def test_revoked_in_the_queue(any_shop: AnyShop, key: str, sent: list[str]) -> N
     assert made.ran(key) == 0
 
 
-def test_expired_in_the_queue(any_shop: AnyShop, key: str) -> None:
+def test_expired_in_the_queue(any_shop: AnyShop, sent: list[str], key: str) -> None:
     """A task with Celery's own `expires` fails its flight when its message comes too late."""
     made, *_ = any_shop
     busy = [in_background(made.gated.get_cached, f"{key}-{number}") for number in range(4)]
     for number in range(4):
         made.await_start(f"{key}-{number}")
     waiter = in_background(made.expiring.get_cached, key)
-    threading.Event().wait(0.5)
+    until(lambda: len(sent) == 5)
+    threading.Event().wait(0.3)
     for number in range(4):
         made.open_gate(f"{key}-{number}")
     with pytest.raises(FlightFailed, match="was expired"):
         waiter.result(30)
     assert [future.result(30) for future in busy] == ["open"] * 4
+
+
+@BROKERS
+def test_expired_before_a_worker_came(
+    any_shop: AnyShop, start_worker: Callable[..., Any], sent: list[str], key: str
+) -> None:
+    """What expired where no worker saw it is told by the first that comes: no broker drops it unseen."""
+    _, broker, store = any_shop
+    made = make(broker, store, f"late-{key}")
+    waiter = in_background(made.expiring.with_options(wait_timeout=60).get_cached, key)
+    until(lambda: sent)
+    threading.Event().wait(0.5)
+    start_worker(broker, store, prefix=f"late-{key}")
+    with pytest.raises(FlightFailed, match="was expired"):
+        waiter.result(90)
+    assert made.expiring.get_cached(key) == key
 
 
 def test_errors_that_are_cached(any_shop: AnyShop, key: str) -> None:

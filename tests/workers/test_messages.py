@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from celery import signals
 
-from celery_memolock import FlightFailed
+from celery_memolock import FlightFailed, OptionError
 from celery_memolock.server import Server
 from tests.workers.conftest import in_background, until
 from tests.workers.shop import WAYS_OUT, Shop, Sold, make
@@ -101,6 +101,8 @@ ENTRY = "memolock:1:e:{shop.stock:1:5}"
         [],
         {},
         {"refresh": "perhaps"},
+        {"refresh": True, "beat": {"a": 1}},
+        {"refresh": True, "beat": ["a"]},
         {"entry": None, "fence": None, "chain": None, "options": None},
         {"entry": ENTRY},
         {"entry": "memolock:2:e:{of tomorrow}", "fence": FENCE, "chain": [], "options": {}},
@@ -168,6 +170,19 @@ def test_wrong_option_in_the_worker_alone(
     made, _ = start_worker(server.url, server.url, misspelt=name)
     with pytest.raises(Exception, match=name):
         made.stock.get_cached(key)
+
+
+def test_other_code_in_the_worker(server: Server, start_worker: Callable[..., Any], key: str) -> None:
+    """A worker that has the task without memolock, or without its options, tells those who wait, and logs it."""
+    made, worker = start_worker(server.url, server.url, module="tests.workers.skewed")
+    for each in (key, f"again {key}"):
+        with pytest.raises(FlightFailed, match=r"'shop\.stock' is an ordinary task on its worker"):
+            made.stock.get_cached(each)
+    with pytest.raises(LookupError, match=key):
+        made.stock.get_cached(f"failing {key}")
+    with pytest.raises(OptionError, match=r"'shop\.sourced' has no memolock options"):
+        made.sourced.get_cached(key)
+    assert worker.log.read_text().count("its flight never began") == 4
 
 
 def test_refused_message(any_shop: AnyShop, key: str) -> None:
