@@ -48,7 +48,8 @@ from celery_memolock.testing import Link
 from tests.contract.conftest import Open
 from tests.workers.shop import FromAsyncio
 
-OPTIONS = Options(ttl=60, lease=0.2, dispatch_lease=0.1)
+OPTIONS = Options(ttl=60)
+BRIEF = Options(ttl=60, lease=0.2, dispatch_lease=0.1)
 CODEC = Codec("t", OPTIONS)
 FAILED = pack_error(KeyError("k"))
 
@@ -169,7 +170,7 @@ def test_take_over_doubles_the_lease(store: Store, keys: Keys) -> None:
     """Each take-over of a flight that nobody claimed may last twice as long, up to sixteen times."""
     leases = []
     for _ in range(3):
-        won = until(lambda: (reply := acquire(store, keys)) and isinstance(reply, Won) and reply)
+        won = until(lambda: (reply := acquire(store, keys, BRIEF)) and isinstance(reply, Won) and reply)
         leases.append(round(won.lease, 3))
     assert leases == [0.1, 0.2, 0.4]
 
@@ -191,7 +192,7 @@ def test_take_over_of_a_silent_run(store: Store, client: redis.Redis, keys: Keys
 def test_late_sign_of_life_revives(store: Store, keys: Keys) -> None:
     """Until somebody takes over, a renewal after the lease revives it, and an outcome counts."""
     won = acquire(store, keys)
-    run = claim(store, keys, won.fence)
+    run = claim(store, keys, won.fence, BRIEF)
     threading.Event().wait(0.3)
     assert store.run(Renew(keys, run, 60.0)) == "CONTINUE"
     assert isinstance(acquire(store, keys), Waiting)
@@ -201,18 +202,18 @@ def test_late_sign_of_life_revives(store: Store, keys: Keys) -> None:
 def test_heartbeat(store: Store, keys: Keys) -> None:
     """The heartbeat keeps the lease of a run for as long as it is held."""
     won = acquire(store, keys)
-    run = claim(store, keys, won.fence)
-    store.hold(Hold(keys, run, 0.2, 60.0))
-    for _ in range(60):
+    run = claim(store, keys, won.fence, Options(ttl=60, lease=1))
+    store.hold(Hold(keys, run, 1.0, 60.0))
+    for _ in range(100):
         assert isinstance(acquire(store, keys), Waiting)
-        threading.Event().wait(0.01)
+        threading.Event().wait(0.02)
     store.release(run)
     until(lambda: isinstance(acquire(store, keys), Won))
 
 
 def test_older_message_does_the_work(store: Store, keys: Keys) -> None:
     """Under a backlog the first message to arrive runs the current flight; the newer message then finds it running."""
-    old = acquire(store, keys)
+    old = acquire(store, keys, BRIEF)
     new = until(lambda: (reply := acquire(store, keys)) and isinstance(reply, Won) and reply)
     assert claim(store, keys, old.fence, Options(ttl=60)) == Run(new.fence, 1)
     assert "duplicate" in claim(store, keys, new.fence).reason
@@ -261,7 +262,7 @@ def test_error_back_off(store: Store, client: redis.Redis, keys: Keys) -> None:
 def test_error_back_off_of_what_no_run_told(store: Store, keys: Keys, told_by: str, refresh: bool) -> None:
     """So does one whose worker died; not if a refresh was asked for meanwhile, which falls to the next caller."""
     options = Options(ttl=60, lease=60, dispatch_lease=60, max_crashes=1, error_ttl=60)
-    run = claim(store, keys, acquire(store, keys).fence, OPTIONS if told_by != "the main process" else options)
+    run = claim(store, keys, acquire(store, keys).fence, BRIEF if told_by != "the main process" else options)
     if refresh:
         assert isinstance(acquire(store, keys, mode="force", register=None), Waiting)
     if told_by == "the main process":
@@ -312,7 +313,7 @@ def test_overlap_is_bounded(store: Store, keys: Keys) -> None:
 def test_retry_that_the_server_did_not_hear_of(store: Store, keys: Keys) -> None:
     """Its message says that it is a later one; it waits for the lease of the earlier run, which may be alive."""
     won = acquire(store, keys)
-    first = claim(store, keys, won.fence)
+    first = claim(store, keys, won.fence, replace(BRIEF, lease=1.0))
     assert isinstance(claim(store, keys, won.fence, retries=1), Defer)
     run = until(lambda: found if isinstance(found := claim(store, keys, won.fence, retries=1), Run) else None)
     assert run == Run(won.fence, 2)
