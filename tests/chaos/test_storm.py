@@ -18,14 +18,22 @@ pytestmark = [pytest.mark.one_driver, pytest.mark.xdist_group("storm")]
 SEEN_AS = {"no-claim": "overlapping runs of one (fence, attempt)"}
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("mutant", NAMES)
 def test_witness_catches(mutant: str, tmp_path: Path) -> None:
-    """A broken build shows as the violation that it leads to."""
+    """A broken build shows as the violation that it leads to, if not in one storm then in another."""
     report = tmp_path / "report.json"
-    command = ["-m", "benchmarks.chaos", "--seconds", "20", "--rate", "0.4", "--broken", mutant, "--json", str(report)]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 1, done.stderr
-    assert json.loads(report.read_text())["results"]["violations"][SEEN_AS.get(mutant, "stale answers")] > 0
+    shown = SEEN_AS.get(mutant, "stale answers")
+    for seed in ("1", "2", "3"):
+        command = ["-m", "benchmarks.chaos", "--seconds", "20", "--rate", "0.4", "--seed", seed, "--broken", mutant]
+        command += ["--json", str(report)]
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=110)
+        assert report.exists(), done.stderr
+        if json.loads(report.read_text())["results"]["violations"][shown] > 0:
+            assert done.returncode == 1
+            return
+        report.unlink()
+    raise AssertionError(done.stdout + done.stderr)
 
 
 @pytest.mark.rabbitmq
