@@ -20,6 +20,7 @@ __all__ = [
     "Options",
     "Progress",
     "call_options",
+    "guess",
     "is_async",
     "refuse_async",
     "seconds_of",
@@ -442,9 +443,14 @@ def _asked(name: str, function: Callable[[Any], Any], value: Any) -> Any:
 def _known(given: Iterable[str], allowed: Iterable[str]) -> None:
     for name in given:
         if name not in allowed:
-            near = difflib.get_close_matches(name, allowed, 1)
-            meant = f", did you mean {near[0]!r}?" if near else ";"
+            meant = f", {near}" if (near := guess(name, allowed)) else ";"
             raise OptionError(f"unknown memolock option {name!r}{meant} known are: {', '.join(sorted(allowed))}")
+
+
+def guess(name: str, known: Iterable[str]) -> str:
+    """Ask whether the nearest of some names was meant; "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def seconds_of(name: str, value: object, *, zero: bool) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import weakref
@@ -21,7 +20,7 @@ from ..codec import Codec
 from ..errors import ConfigurationError, OptionError
 from ..keys import KeyMaker, check_named
 from ..memo import CallerMethods, Memo
-from ..options import Options
+from ..options import Options, guess
 from ..shape import Shape
 from .celery_beat import REFRESHING, schedule
 from .celery_flight import CeleryEngine, FlightMessage, is_run_here, message_of, until, with_flights
@@ -302,8 +301,7 @@ def memolocked_task(*misplaced: Any, ttl: Any = None, app: Any = None, **options
     base = options["base"] = _base(options.get("base"))
     for name in options:
         if name not in _CELERY_OPTIONS and not hasattr(base, name):
-            near = difflib.get_close_matches(name, [*_OPTION_NAMES, *_CELERY_OPTIONS], 1)
-            meant = f" (did you mean {near[0]!r}?)" if near else ""
+            meant = f" ({near})" if (near := guess(name, _OPTION_NAMES | _CELERY_OPTIONS)) else ""
             raise OptionError(
                 f"unknown option {name!r}{meant}: neither memolock nor Celery's tasks have it (an attribute of your "
                 f"own goes on a base class). memolock's are: {', '.join(sorted(_OPTION_NAMES))}"

@@ -86,7 +86,7 @@ class CeleryEngine(InThreads):
     def send(self, ticket: Ticket, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: float) -> None:
         """Publish the flight's message; see `Engine.send`."""
         task, headers = self._task, self._headers(ticket)
-        before = _publishing.set((task.name, headers))
+        before = _publishing.set((task.name, headers[HEADER]))
         try:
             # Nobody asks for this result by its task id: it needs no place in a result backend, or in its parent's.
             unasked = {"ignore_result": True, "add_to_parent": False}
@@ -198,29 +198,30 @@ def ticket_in(headers: Any) -> Ticket | None:
     return None if header is None or is_refresh(header) else read_ticket(header)
 
 
-#: Whose message this context publishes, by its task's name, and with which headers.
+#: Whose message this context publishes, by its task's name, and what is ours among its headers.
 _publishing: ContextVar[tuple[str, Mapping[str, Any]] | None] = ContextVar("celery_memolock_publishing", default=None)
 
 
-def _on_publish(
-    sender: Any, body: Any, headers: dict[str, Any], properties: dict[str, Any] | None = None, **_: Any
-) -> None:
+def _on_publish(sender: Any, body: Any, headers: dict[str, Any], properties: dict[str, Any], **_: Any) -> None:
     """Put what is ours into a message at last: a class's `apply_async` or an instrumentation may have dropped it.
 
     A flight's message that expires is dropped by a worker, which tells those who wait; RabbitMQ would tell nobody.
     """
     publishing, task = _publishing.get(), _state.get_current_task()
+    header: Any = None
     if publishing is not None and publishing[0] == sender:
-        headers.update(publishing[1])
+        header = publishing[1]
     elif task is not None and task.name == sender and (request := message_of(task)) is not None:
         by_protocol_1 = body if isinstance(body, Mapping) else {}
         again = (headers.get("id") or by_protocol_1.get("id")) == request.id
         # What a task is replaced by has its id, too, and is no flight's.
         replaces = headers.get("replaced_task_nesting", 0) != request.replaced_task_nesting
-        if again and not replaces and (header := header_in(vars(request))) is not None:
-            headers[HEADER] = header
-    if properties is not None and ticket_in(headers) is not None:
-        properties.pop("expiration", None)
+        if again and not replaces:
+            header = header_in(vars(request))
+    if header is not None:
+        headers[HEADER] = header
+        if not is_refresh(header):
+            properties.pop("expiration", None)
 
 
 # ---- running ---------------------------------------------------------------------------------------------------
