@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .options import Options
     from .shape import Shape
 
-__all__ = ["Codec", "Entry", "Packed", "check_formats", "fence_of", "pack_error", "unpack_error"]
+__all__ = ["Codec", "Entry", "Packed", "check_formats", "fence_of", "pack_error", "since", "unpack_error"]
 
 _MAGIC = b"ML1"
 _KINDS = {b"V": (False, False), b"S": (False, True), b"E": (True, False)}
@@ -119,6 +119,11 @@ def fence_of(raw: bytes) -> str:
     """Return what the server, too, takes for the fence of a stored value, be the rest as broken as it may; else ""."""
     found = re.match(rb"ML1 [VS] ([0-9]+-[0-9A-Za-z]+) ", raw[:128])
     return found[1].decode("ascii") if found else ""
+
+
+def since(fence: str) -> int:
+    """Return when a fence was made, in the server's microseconds; 0 if it is none."""
+    return int(fence.partition("-")[0] or 0)
 
 
 class Codec:

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from cachetools import LRUCache
 
-from .codec import Entry
+from .codec import Entry, since
 
 __all__ = ["MISSING", "Local", "Ticket"]
 
@@ -162,7 +162,7 @@ class Local:
         older is put there by another, and that there is nothing to keep, nobody knows how old that is: it ends for all.
         A second end of the same read does nothing.
         """
-        stamp = _stamp(entry) if entry is not None else 0
+        stamp = since(entry.fence) if entry is not None else 0
         with self._lock:
             place, ticket.place = ticket.place, None
             reading = self._reading.get(key)
@@ -184,7 +184,7 @@ class Local:
     def supersede(self, key: str, entry: Entry) -> None:
         """Somebody here has seen this: nothing older must be served from now on."""
         with self._lock:
-            self._outdate(key, _stamp(entry))
+            self._outdate(key, since(entry.fence))
 
     def _outdate(self, key: str, stamp: int) -> None:
         kept = self._kept.get(key)
@@ -224,8 +224,3 @@ class Local:
                 self._quarantine = dict(self._kept)
             self._kept.clear()
             self._reading.clear()
-
-
-def _stamp(entry: Entry) -> int:
-    """Return when the flight that brought a value began, for the order of several."""
-    return int(entry.fence.partition("-")[0])

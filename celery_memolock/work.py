@@ -15,7 +15,7 @@ from itertools import count
 from typing import Any, Final
 
 from .aio import AsyncDriver, adrive, beside
-from .codec import fence_of
+from .codec import fence_of, since
 from .effects import (
     Call,
     Computing,
@@ -242,11 +242,6 @@ class Work:
                 store.address,
                 there,
             )
-
-
-def since(fence: str) -> int:
-    """Return when a fence was made, in the server's microseconds; 0 if it is none."""
-    return int(fence.partition("-")[0] or 0)
 
 
 #: Flights that left no trace since this process last claimed one. A single one may have been invalidated or withdrawn;
