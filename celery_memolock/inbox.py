@@ -216,7 +216,7 @@ class Inbox:
         readable = False
         for key, _ in found:
             if key.fileobj is self._woken:
-                with contextlib.suppress(BlockingIOError):
+                with contextlib.suppress(BlockingIOError):  # it is empty
                     while self._woken.recv(64):
                         pass
             else:

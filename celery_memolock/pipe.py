@@ -271,7 +271,7 @@ class _Link(asyncio.Protocol):
 
     def _close_socket(self) -> None:
         """Close the connection of a closed loop, which calls nothing any more: nobody can be told."""
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):  # it would call the loop
             self._transport.abort()
         raw = getattr(self._transport.get_extra_info("socket"), "_sock", None)  # uvloop has closed it
         if raw is not None:

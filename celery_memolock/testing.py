@@ -68,7 +68,7 @@ class Fault:
 
     def end(self) -> None:
         """Restore the link; does nothing when that is done already."""
-        with suppress(LinkClosed):
+        with suppress(LinkClosed):  # its faults are over, too
             self._link._do(self._end())
 
     # What follows runs in the link's thread.

@@ -75,7 +75,7 @@ class Tracker:
     def _hang_up(self) -> None:
         if self._link is not None:
             # Not that of an SSLSocket: it takes away what its other thread is reading with.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # it is gone already, or not there yet
                 socket.socket.shutdown(self._link._sock, socket.SHUT_RDWR)
 
     def _run(self) -> None:

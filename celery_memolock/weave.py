@@ -156,5 +156,5 @@ def _another(error: Exception) -> Exception:
     """Return an exception like this one: several cores must not share its traceback."""
     try:
         return type(error)(*error.args)
-    except Exception:
+    except Exception:  # its constructor wants something else
         return error
