@@ -36,6 +36,9 @@ _LONGEST_BACKOFF: Final = 2.0
 _DOZE: Final = 0.5
 _NOT_YET: Final = object()
 
+#: What a server goes on to say until somebody changes its settings or ours.
+_REFUSALS: Final = (redis.ResponseError, redis.AuthenticationError)
+
 
 class Inbox:
     """A channel of its own, and the thread that listens to it from the first miss on.
@@ -51,7 +54,8 @@ class Inbox:
     def __init__(self, pool: Any, prefix: str) -> None:
         self.channel = inbox_channel(prefix, secrets.token_hex(8))
         self.rooms = Rooms(random.random, self._alarm, time.monotonic)
-        settings = {**pool.connection_kwargs, "protocol": 2, "retry": Retry(NoBackoff(), 0)}
+        # Of RESP2 or RESP3, as the others are: by one of them a server may take a password that it refuses by the other.
+        settings = {**pool.connection_kwargs, "retry": Retry(NoBackoff(), 0)}
         self._make: Callable[[], Any] = lambda: pool.connection_class(**settings)
         self._backoff = _SHORTEST_BACKOFF
         self._ready = threading.Event()
@@ -75,7 +79,10 @@ class Inbox:
 
     @property
     def trouble(self) -> Exception | None:
-        """Why notices cannot arrive, if that is known: a `redis.ResponseError` if the server refuses to send any."""
+        """Why notices cannot arrive, if that is known.
+
+        A `redis.AuthenticationError` if the server refuses the log-in, a `redis.ResponseError` if it refuses to send any.
+        """
         return self._trouble
 
     @contextlib.contextmanager
@@ -89,7 +96,7 @@ class Inbox:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="memolock-inbox", daemon=True)
                 self._thread.start()
-        if self.listening or isinstance(self._trouble, redis.ResponseError):
+        if self.listening or isinstance(self._trouble, _REFUSALS):
             tell()
         try:
             yield
@@ -133,7 +140,7 @@ class Inbox:
                 self._trouble = error
             finally:
                 self._ready.clear()
-            if isinstance(self._trouble, redis.ResponseError):
+            if isinstance(self._trouble, _REFUSALS):
                 self._tell()
             if not self._closed:
                 self._sleep(time.monotonic() + self._backoff * (0.5 + random.random()))

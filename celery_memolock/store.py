@@ -242,13 +242,15 @@ class Store:
         if self._inbox.listening:
             return
         why = self._inbox.trouble
+        if isinstance(why, redis.AuthenticationError):
+            raise StoreUnavailable(f"Redis at {self.address} {_trouble(why)}")
         if isinstance(why, redis.ResponseError):
             raise StoreUnavailable(
                 f"Redis at {self.address} refused a subscription: {why}; "
                 f"of an access control list the user needs the channels &{self._prefix}:*, too"
             )
         raise StoreUnavailable(
-            f"Redis at {self.address} did not acknowledge a subscription in {patience:g} s{f': {why}' if why else ''}"
+            f"Redis at {self.address} did not acknowledge a subscription in {patience:.3g} s{f': {why}' if why else ''}"
         )
 
     def local(self, task: str, options: Options) -> Local:

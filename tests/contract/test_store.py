@@ -463,6 +463,38 @@ def test_refused_subscription(own_server: Server, open_store: Open, prefix: str)
     store.listen(0.0)
 
 
+def test_refused_log_in_of_the_listener(own_server: Server, open_store: Open, prefix: str, keys: Keys) -> None:
+    """A password that has changed since the first command is told at once, too, until the right one is back."""
+    user = redis.Redis.from_url(own_server.url)
+    user.execute_command("ACL", "SETUSER", "app", "on", ">pw", "~*", "&*", "+@all")
+    store = open_store(own_server.url.replace("://", "://app:pw@"), prefix)
+    assert store.get(keys) is None
+    user.execute_command("ACL", "SETUSER", "app", "resetpass", ">other")
+    for _ in range(2):
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable, match="refused the log-in: "):
+            store.listen(60.0)
+        assert time.monotonic() - began < 20
+    user.execute_command("ACL", "SETUSER", "app", ">pw")
+    until(lambda: store.inbox.listening)
+    store.listen(0.0)
+
+
+@pytest.mark.parametrize("protocol", ["", "?protocol=2", "?protocol=3"])
+def test_password_that_nobody_asked_for(protocol: str, own_server: Server, open_store: Open, prefix: str) -> None:
+    """What the commands' connections may do, the listener may: neither stalls where the other goes on."""
+    store = open_store(own_server.url.replace("://", "://:pw@") + protocol, prefix)
+    keys = Keys.of(prefix, "k")
+    try:
+        store.get(keys)
+    except StoreUnavailable as refused:
+        assert "refused the log-in: " in str(refused)
+        with pytest.raises(StoreUnavailable, match="refused the log-in: "):
+            store.listen(60.0)
+    else:
+        store.listen(60.0)
+
+
 def test_many_wait_for_a_subscription(own_server: Server, prefix: str) -> None:
     """In asyncio each waits for no longer than it said, however many do."""
     store = Store.from_url(own_server.url, prefix)
