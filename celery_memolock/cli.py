@@ -168,6 +168,8 @@ def _call(context: CLIContext, name: str, method: str, args: str, kwargs: str) -
         positional, named = json.loads(args), json.loads(kwargs)
     except ValueError as error:
         raise click.ClickException(f"the arguments are no JSON: {error}") from None
+    if not isinstance(positional, list) or not isinstance(named, dict):
+        raise click.ClickException("""--args takes a JSON list, as '["q1"]', and --kwargs an object, as '{"n": 1}'""")
     try:
         return getattr(task, method)(*positional, **named)
     except (MemoLockError, TypeError) as error:

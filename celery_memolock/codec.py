@@ -228,8 +228,9 @@ def check_formats(options: Options) -> None:
             _content_types(given)
             serialization.dumps("", serializer=options.serializer)
         except SerializerNotInstalled as error:  # kombu knows it, and lacks the package that does it
-            cure = ": pip install 'celery-memolock[msgpack]'" if "msgpack" in str(error) else ""
-            raise OptionError(f"memolock option serializer={options.serializer!r}: {error}{cure}") from None
+            ours = "pip install 'celery-memolock[msgpack]' brings what it needs"
+            cure = ours if "msgpack" in str(error) else error
+            raise OptionError(f"memolock option {name}={given!r}: {cure}") from None
         except KeyError as error:
             known = ", ".join(sorted(registry.name_to_type))
             raise OptionError(

@@ -10,7 +10,7 @@ from dataclasses import fields
 from typing import Any, Final
 
 from .errors import OptionError
-from .options import OF_A_TASK, Options
+from .options import OF_A_TASK, Options, checked
 
 __all__ = ["defaults", "instead"]
 
@@ -48,12 +48,7 @@ def defaults(without: Iterable[str] = ()) -> dict[str, Any]:
         if name not in _KINDS:
             meant = instead(name, _KINDS, lambda each: _START + each.upper())
             raise OptionError(f"{variable} in the environment is nothing that memolock reads: {meant}")
-        value = _read(_KINDS[name], text)
-        try:
-            Options(ttl=1.0, **{name: value})
-        except OptionError as error:
-            raise OptionError(f"{variable} in the environment: {error}") from None
-        found[name] = value
+        found[name] = checked(name, _read(_KINDS[name], text), f"{variable} in the environment")
     return {name: value for name, value in found.items() if name not in without}
 
 

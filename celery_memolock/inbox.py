@@ -54,7 +54,7 @@ class Inbox:
     def __init__(self, pool: Any, prefix: str) -> None:
         self.channel = inbox_channel(prefix, secrets.token_hex(8))
         self.rooms = Rooms(random.random, self._alarm, time.monotonic)
-        # Of RESP2 or RESP3, as the others are: by one of them a server may take a password that it refuses by the other.
+        # Of RESP2 or RESP3, as the others are: by one of them a server may take a password that the other has refused.
         settings = {**pool.connection_kwargs, "retry": Retry(NoBackoff(), 0)}
         self._make: Callable[[], Any] = lambda: pool.connection_class(**settings)
         self._backoff = _SHORTEST_BACKOFF
@@ -81,7 +81,8 @@ class Inbox:
     def trouble(self) -> Exception | None:
         """Why notices cannot arrive, if that is known.
 
-        A `redis.AuthenticationError` if the server refuses the log-in, a `redis.ResponseError` if it refuses to send any.
+        If the server refuses the log-in, a `redis.AuthenticationError`; if it refuses a subscription, a
+        `redis.ResponseError`.
         """
         return self._trouble
 

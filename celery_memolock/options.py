@@ -366,6 +366,20 @@ class Options:
 _FIELDS = tuple(f.name for f in fields(Options))
 _DEFAULTS = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(Options)}
 
+
+def checked(name: str, value: Any, where: str) -> Any:
+    """Return a default that a value makes sense for, by itself.
+
+    Raises:
+        OptionError: it makes none; the error says where it stands.
+    """
+    try:
+        Options(ttl=1.0, **{name: value})
+    except OptionError as error:
+        raise OptionError(f"{where}: {error}") from None
+    return value
+
+
 #: What makes no sense for all tasks of an app: it has no defaults of these.
 OF_A_TASK = (
     *("ttl", "key", "ignore", "tags", "cache_if", "external"),
@@ -448,9 +462,14 @@ def _known(given: Iterable[str], allowed: Iterable[str]) -> None:
 
 
 def guess(name: str, known: Iterable[str]) -> str:
-    """Ask whether the nearest of some names was meant; "" if none is near."""
+    """Ask whether the nearest of some names was meant, or say where a server is named; "" if none is near."""
+    if name in _SERVERS:
+        return "a server is named by memolock_redis_url of a Celery app, or redis= of MemoLock and memolocked_job;"
     near = difflib.get_close_matches(name, list(known), 1)
     return f"did you mean {near[0]!r}?" if near else ""
+
+
+_SERVERS = ("connection", "redis", "redis_url", "url")
 
 
 def seconds_of(name: str, value: object, *, zero: bool) -> float:

@@ -3,9 +3,10 @@
 With a Redis or Valkey server at MEMOLOCK_REDIS_URL (default redis://localhost:6379/0), in two shells:
 
     celery -A examples.flask_app:celery_app worker
-    gunicorn --workers 2 --threads 32 examples.flask_app:app        # or: flask --app examples.flask_app run
+    gunicorn --workers 2 --threads 32 examples.flask_app:app        # or: flask --app examples.flask_app run --port 8000
 
-then open http://127.0.0.1:8000/stock/tea. `docker compose up` starts all three.
+then open http://127.0.0.1:8000/stock/tea. `docker compose up` starts all three. Flask and gunicorn come with the extra
+`demo`.
 """
 
 import os

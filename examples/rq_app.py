@@ -3,10 +3,10 @@
 With a Redis or Valkey server at RQ_REDIS_URL (for example redis://localhost:6379/0), in two shells:
 
     rq worker --url $RQ_REDIS_URL --worker-class celery_memolock.rq.MemoLockWorker reports
-    gunicorn --workers 2 --threads 32 examples.rq_app:app           # or: flask --app examples.rq_app run
+    gunicorn --workers 2 --threads 32 examples.rq_app:app           # or: flask --app examples.rq_app run --port 8000
 
 then open http://127.0.0.1:8000/stock/tea. An ordinary worker does as well; only when its work-horse is killed those who
-wait hear so later.
+wait hear so later. Flask and gunicorn come with the extra `demo`.
 """
 
 import os

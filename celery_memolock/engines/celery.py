@@ -293,10 +293,9 @@ def memolocked_task(*misplaced: Any, ttl: Any = None, app: Any = None, **options
     Raises:
         OptionError: an option is unknown or has a value that makes no sense; the function is async, or a task already.
     """
-    if misplaced or ttl is None:
-        raise OptionError(
-            "write @memolocked_task(ttl=5), with all options by name: for how long may a value be served?"
-        )
+    how = "write @memolocked_task(ttl=5), with all options by name: for how long may a value be served?"
+    if misplaced:
+        raise OptionError(how)
     ours = {"ttl": ttl, **{name: options.pop(name) for name in list(options) if name in _OPTION_NAMES}}
     base = options["base"] = _base(options.get("base"))
     for name in options:
@@ -306,6 +305,8 @@ def memolocked_task(*misplaced: Any, ttl: Any = None, app: Any = None, **options
                 f"unknown option {name!r}{meant}: neither memolock nor Celery's tasks have it (an attribute of your "
                 f"own goes on a base class). memolock's are: {', '.join(sorted(_OPTION_NAMES))}"
             )
+    if ttl is None:
+        raise OptionError(how)
     checked = Options.build(ours)
 
     def decorate(function: Callable[..., Any]) -> Any:

@@ -464,7 +464,11 @@ def tell_failure(task: Any, ticket: Ticket, holder: str, error: Exception | None
 
 def _on_unknown(sender: Any, message: Any, name: str, **_: Any) -> None:
     """A worker does not know the task: all who wait for the flight hear so at once."""
-    _tell_of_message(sender, message, f"task {name!r} is not registered on worker {sender.hostname}")
+    own = name.rpartition(".")[2]
+    alike = ", ".join(repr(each) for each in sorted(sender.app.tasks) if each.rpartition(".")[2] == own)
+    has = f", which has {alike} (whoever runs a module as a script names its tasks otherwise: give them name=)"
+    text = f"task {name!r} is not registered on worker {sender.hostname}{has if alike else ''}"
+    _tell_of_message(sender, message, text)
 
 
 def _on_rejected(sender: Any, message: Any, exc: BaseException | None = None, **_: Any) -> None:

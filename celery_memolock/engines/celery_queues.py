@@ -33,23 +33,24 @@ def attendance(task: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> F
 def _ask(app: Any, queue: str, left: ExitStack) -> str:
     connection = left.enter_context(app.connection_for_write())
     connection.connect()  # by itself it would try for ever
+    where = f"queue {queue!r} at {connection.as_uri()}"
     if connection.transport.driver_type == "amqp":
-        return _counted(connection, queue)
-    return _answered(app, connection, queue) if connection.supports_exchange_type("fanout") else ""
+        return _counted(connection, queue, where)
+    return _answered(app, connection, queue, where) if connection.supports_exchange_type("fanout") else ""
 
 
-def _counted(connection: Any, queue: str) -> str:
+def _counted(connection: Any, queue: str, where: str) -> str:
     """The broker itself knows."""
     try:
         count = connection.default_channel.queue_declare(queue, passive=True).consumer_count
     except NotFound:
         count = 0
     if not count:
-        return f"no worker consumes queue {queue!r}: is one running?"
-    return f"workers that consume queue {queue!r}: {count}, {_BUSY}"
+        return f"no worker consumes {where}: is one running, with this broker?"
+    return f"workers that consume {where}: {count}, {_BUSY}"
 
 
-def _answered(app: Any, connection: Any, queue: str) -> str:
+def _answered(app: Any, connection: Any, queue: str, where: str) -> str:
     """Only the workers know, and one that answers is enough."""
     others = 0
 
@@ -63,11 +64,11 @@ def _answered(app: Any, connection: Any, queue: str) -> str:
     try:
         app.control.broadcast("active_queues", connection=connection, reply=True, timeout=_PATIENCE, callback=take)
     except _Found as found:
-        return f"worker {found} consumes queue {queue!r}, and answers: {_BUSY}"
-    text = f"no worker of queue {queue!r} answered within {_PATIENCE:g} s"
+        return f"worker {found} consumes {where}, and answers: {_BUSY}"
+    text = f"no worker of {where} answered within {_PATIENCE:g} s"
     if others:
         return f"{text}, but {others} of other queues: does one consume it?"
-    return f"{text}: is one running, or busy in a pool that cannot answer meanwhile, such as solo?"
+    return f"{text}: is one running, with this broker, or busy in a pool that cannot answer meanwhile, such as solo?"
 
 
 _BUSY: Final = (

@@ -16,7 +16,7 @@ from kombu.transport import virtual
 
 from .. import environment
 from ..errors import ConfigurationError, OptionError
-from ..options import OF_A_TASK, Options
+from ..options import OF_A_TASK, Options, checked
 from ..store import NO_SENTINEL, Store, Stores, client_in_environment, client_of, first_url, tried, usable
 
 __all__ = ["client_for", "defaults_of", "store_at", "store_of"]
@@ -72,16 +72,18 @@ def client_for(app: Any) -> redis.Redis:
     Raises:
         ConfigurationError: it means none, or one that cannot be used.
     """
-    _, given = _said(app).get("redis_url", (None, None))
+    name, given = _said(app).get("redis_url", (_spelt(app.conf.prefix or "", "memolock_redis_url"), None))
     if given:
-        with usable("memolock_redis_url"):
-            return client_of(first_url(given), "memolock_redis_url")
+        with usable(name):
+            return client_of(first_url(given), name)
     client = client_in_environment() or _of_the_broker(app) or _of_the_backend(app)
     if client is None:
         defaults_of(app)  # a name that is misspelt says more
+        broker, backend = _shown(app.conf.broker_write_url), _shown(app.conf.result_backend)
         raise ConfigurationError(
-            f"memolock has no Redis for {app!r}: set app.conf.memolock_redis_url (a URL or a redis.Redis) or the "
-            f"environment variable MEMOLOCK_REDIS_URL, or use Redis as broker or result backend"
+            f"memolock has no Redis for {app!r}: set {name} in its configuration (a URL or a redis.Redis) or the "
+            f"environment variable MEMOLOCK_REDIS_URL, or use Redis as broker (broker_url is {broker}) or as result "
+            f"backend (result_backend is {backend})"
         )
     return client
 
@@ -123,16 +125,26 @@ def _is_redis(name: str, setting: Any) -> bool:
     return found is not None
 
 
+def _shown(urls: Any) -> str:
+    """Return what a setting names, without user and password."""
+    url = urls[0] if isinstance(urls, list | tuple) and urls else urls
+    return _LOG_IN.sub(r"\1***@", repr(url)) if url else "not set"
+
+
+#: Whatever may be one, in a URL that may be none.
+_LOG_IN: Final = re.compile(r"('\w[\w+]*://|').*@")
+
+
 def defaults_of(app: Any) -> dict[str, Any]:
     """Return the defaults for an app's tasks: what its configuration names, over what the environment does.
 
     Raises:
-        OptionError: one of them is unknown, or is for a single task.
+        OptionError: one of them is unknown, or is for a single task, or has a value that makes no sense.
     """
     found = environment.defaults()
     for name, (key, value) in _said(app).items():
         if name in _DEFAULTABLE:
-            found[name] = value
+            found[name] = checked(name, value, f"{key} in the Celery configuration")
         elif name != "redis_url":
             start = key[: len(key) - len(name)]
             meant = environment.instead(name, _DEFAULTABLE, partial(_spelt, start))

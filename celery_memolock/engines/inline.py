@@ -606,14 +606,13 @@ class Client(Generic[K, T]):
         return await self._memo.arun(self._memo.invalidate_tag(tag, on_progress))
 
     def _for(self, options: Mapping[str, Any], *, computes: bool = True) -> Memo[Any, T]:
+        memo = self._with(**options) if options else self._memo
         if computes and not self._has_ttl and "ttl" not in options:
             raise OptionError(
                 f"memolock option ttl is missing: say for how many seconds a value of {self._name!r} may be served, "
                 f"here or where its MemoLock or client is made"
             )
-        if not options:
-            return self._memo
-        return self._with(**options)
+        return memo
 
     def _override(self, **overrides: Any) -> Memo[Any, T]:
         _refuse_messages(overrides)
@@ -703,7 +702,7 @@ class MemoLock(Client[str, Any]):
         """
         return Client(self._server, name, key, of, options, self._defaults)
 
-    def memoize(self, *, name: str | None = None, **options: Any) -> _Decorate:
+    def memoize(self, misplaced: None = None, /, *, name: str | None = None, **options: Any) -> _Decorate:
         """Make a function whose result is cached, and computed once for all who call it with the same arguments.
 
         To call it is `get_cached`, or of a coroutine function `aget_cached`; it has all of `CallerMethods` beside.
@@ -718,6 +717,8 @@ class MemoLock(Client[str, Any]):
         Raises:
             OptionError: an option is unknown, has a value that makes no sense, or `ttl` is nowhere given.
         """
+        if misplaced is not None:
+            raise OptionError("write @memo.memoize(ttl=5), with all options by name")
 
         def decorate(function: Any, /) -> Any:
             if isinstance(function, staticmethod | classmethod):

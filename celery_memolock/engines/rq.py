@@ -35,7 +35,7 @@ from ..errors import (
 from ..flight import Flight, grounded
 from ..keys import KeyMaker, check_named
 from ..memo import CallerMethods, Memo, computing
-from ..options import Options, is_async
+from ..options import Options, guess, is_async
 from ..shape import Shape
 from ..store import Store, Stores, client_in_environment, client_of
 from ..work import Outcome, Work, as_wanted, read_ticket, unsendable, write_ticket
@@ -193,6 +193,8 @@ class _RqEngine(InlineRuns, InThreads):
 
         if "<locals>" in self._path:
             raise DispatchError(f"{self._path} is defined within another function, where no worker can import it from")
+        if self._path.startswith("__main__."):
+            raise DispatchError(f"{self._path} is defined in what is run as a script: put it into a module of its own")
         try:
             within(timeout, publish)
         except TooSlow as error:
@@ -356,7 +358,8 @@ def on_failure(job: Job, connection: redis.Redis, kind: Any, error: Any, trace: 
         if found[1].get("ran"):
             words.append((_holder(job, found[1]), None))
         if not job.should_retry:
-            words.append(("", FlightFailed(f"job {job.id} of {job.func_name} failed before it ran: {error}")))
+            hint = "does its worker run where that can be imported, with the code of its callers?"
+            words.append(("", FlightFailed(f"job {job.id} of {job.func_name} failed before it ran: {error} ({hint})")))
         _disown(job, connection, *words)
     _call_theirs(job, "on_failure", connection, kind, error, trace)
 
@@ -513,9 +516,10 @@ def memolocked_job(
             )
     for name in options:
         if name not in _JOB_OPTIONS:
+            meant = f" ({near})" if (near := guess(name, _OPTION_NAMES | _JOB_OPTIONS)) else ""
             raise OptionError(
-                f"unknown option {name!r}: memolock's are: {', '.join(sorted(_OPTION_NAMES - {*_OF_CELERY}))}; of RQ's "
-                f"it hands on: {', '.join(sorted(_JOB_OPTIONS))}"
+                f"unknown option {name!r}{meant}: memolock's are: {', '.join(sorted(_OPTION_NAMES - {*_OF_CELERY}))}; "
+                f"of RQ's it hands on: {', '.join(sorted(_JOB_OPTIONS))}"
             )
     for name in ("on_failure", "on_stopped", "on_success"):
         if not isinstance(options.get(name), rq.Callback | None):
