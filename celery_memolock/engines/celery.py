@@ -93,11 +93,11 @@ class MemoLockTask(CallerMethods[P, R], _Task[P, R]):
                 _check(name, run, checked, bound=bound)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Put the flight around the task's `run`, as Celery does for what it adds."""
+        """Put the flight around what Celery calls of the task, as Celery does for what it adds."""
         task: Any = super().__new__(cls)
         # A retry is the end of one run of a flight, so the flight goes around it. Celery itself would add it later.
         add_autoretry_behaviour(task)
-        task.run = with_flights(task, task.run)
+        with_flights(task)
         return task  # type: ignore[no-any-return]
 
     @property

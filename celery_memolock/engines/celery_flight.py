@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -14,19 +15,22 @@ from contextvars import ContextVar
 from datetime import datetime, timezone
 from typing import Any, Final
 
+import celery
 from celery import signals
 from celery.exceptions import Ignore, Reject, Retry, WorkerShutdown, WorkerTerminate
 from celery.utils import uuid
+from celery.utils.objects import mro_lookup
 from kombu import serialization
 from kombu.exceptions import EncodeError as KombuEncodeError
 
 from ..aio import InThreads
 from ..bounded import TooSlow, within
 from ..codec import pack_error
-from ..effects import Defer, Disown, Finished, GoesOn, Interrupted, Raised, Returned, Ticket
+from ..effects import Computing, Defer, Disown, Finished, GoesOn, Interrupted, Raised, Returned, Ticket
 from ..errors import ArgumentError, DispatchError, FlightFailed, MemoLockError, StoreUnavailable
 from ..flight import Flight, grounded
 from ..keys import is_of_task
+from ..memo import computing
 from ..store import Store
 from ..work import Outcome, Work, as_wanted, holder_of, read_ticket, unsendable, write_ticket
 from .celery_beat import HEADER, is_refresh, note_run, run_refresh
@@ -87,10 +91,12 @@ class CeleryEngine(InThreads):
         """Publish the flight's message; see `Engine.send`."""
         task, headers = self._task, self._headers(ticket)
         before = _publishing.set((task.name, headers[HEADER]))
+        published = _unpublished[ticket.fence] = threading.Event()
         try:
             # Nobody asks for this result by its task id: it needs no place in a result backend, or in its parent's.
             unasked = {"ignore_result": True, "add_to_parent": False}
             task.apply_async(args, dict(kwargs), headers=headers, producer=_Bounded(task.app, timeout), **unasked)
+            there = published.wait(min(timeout, _ELSEWHERE))
         except (KombuEncodeError, TypeError) as error:
             raise self._unsendable(args, kwargs, error) from error
         except TooSlow as error:
@@ -101,6 +107,12 @@ class CeleryEngine(InThreads):
             ) from error
         finally:
             _publishing.reset(before)
+            del _unpublished[ticket.fence]
+        if not there:
+            raise DispatchError(
+                f"apply_async of task {task.name!r} sent no message: its class may keep it back until a transaction "
+                f"ends, or as another one is under way; a flight's message is to be sent at once"
+            )
 
     def attendance(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Future[str] | None:
         """Ask the broker, or the workers themselves; see `Engine.attendance`."""
@@ -108,20 +120,25 @@ class CeleryEngine(InThreads):
 
     def run_here(self, ticket: Ticket | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a flight, or without a ticket the bare task, in this thread; see `Engine.run_here`."""
-        headers = None if ticket is None else self._headers(ticket)
         here = _run_here.set(task_id := uuid())
+        headers, chain = None, computing.get()
+        if ticket is not None:
+            headers = self._headers(ticket, task_id)
+            chain = (*ticket.chain, Computing(ticket.keys.entry))  # for the class's hooks, which come before the run
+        within_chain = computing.set(chain)
         try:
             # Not even with `task_eager_propagates`: that would end a retry, too.
             result = self._task.apply(args, dict(kwargs), headers=headers, task_id=task_id, throw=False)
         finally:
+            computing.reset(within_chain)
             _run_here.reset(here)
         if ticket is None:
             return result.get(disable_sync_subtasks=False)
         note_run(result)
         return None
 
-    def _headers(self, ticket: Ticket) -> dict[str, Any]:
-        return {HEADER: write_ticket(ticket, self.store.address)}
+    def _headers(self, ticket: Ticket, task_id: str | None = None) -> dict[str, Any]:
+        return {HEADER: {**write_ticket(ticket, self.store.address), "id": task_id}}
 
     def _broker(self) -> str:
         return str(self._task.app.connection_for_write().as_uri())
@@ -192,72 +209,133 @@ def header_in(headers: Any) -> Any:
 _MOST_NESTED: Final = 5
 
 
-def ticket_in(headers: Any) -> Ticket | None:
+def ticket_in(headers: Any, task_id: str | None) -> Ticket | None:
     """Return the ticket in a message's headers; None if it is no flight's, or cannot be read."""
     header = header_in(headers)
-    return None if header is None or is_refresh(header) else read_ticket(header)
+    return None if is_refresh(header) or not _is_of_message(header, task_id) else read_ticket(header)
+
+
+def _is_of_message(header: Any, task_id: str | None) -> bool:
+    """Whether ours among a message's headers was put there for it: a run may hand its headers on to what it sends."""
+    return header is not None and not (isinstance(header, Mapping) and header.get("id", task_id) not in (task_id, None))
+
+
+def _without_ours(headers: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in headers.items() if name != HEADER}
+    if isinstance(kept.get("headers"), Mapping):
+        kept["headers"] = _without_ours(kept["headers"])
+    return kept
 
 
 #: Whose message this context publishes, by its task's name, and what is ours among its headers.
 _publishing: ContextVar[tuple[str, Mapping[str, Any]] | None] = ContextVar("celery_memolock_publishing", default=None)
 
+#: The flights whose messages this process is about to publish, by their fences.
+_unpublished: dict[str, threading.Event] = {}
+
+#: Seconds for a class that publishes its messages from a thread of its own.
+_ELSEWHERE: Final = 1.0
+
 
 def _on_publish(sender: Any, body: Any, headers: dict[str, Any], properties: dict[str, Any], **_: Any) -> None:
-    """Put what is ours into a message at last: a class's `apply_async` or an instrumentation may have dropped it.
+    """See that what is ours is in a flight's own message, and in no other.
 
+    A class's `apply_async` or an instrumentation may have dropped it, and a run may send other tasks with its headers.
     A flight's message that expires is dropped by a worker, which tells those who wait; RabbitMQ would tell nobody.
     """
-    publishing, task = _publishing.get(), _state.get_current_task()
+    found, publishing, task = header_in(headers), _publishing.get(), _state.get_current_task()
+    by_protocol_1 = body if isinstance(body, Mapping) else {}
+    task_id = headers.get("id") or by_protocol_1.get("id")
     header: Any = None
     if publishing is not None and publishing[0] == sender:
         header = publishing[1]
-    elif task is not None and task.name == sender and (request := message_of(task)) is not None:
-        by_protocol_1 = body if isinstance(body, Mapping) else {}
-        again = (headers.get("id") or by_protocol_1.get("id")) == request.id
+    elif isinstance(found, Mapping) and found.get("id") is None and found.get("fence") in _unpublished:
+        header = found
+    if header is not None:
+        header = {**header, "id": task_id}
+        _unpublished[header["fence"]].set()
+    elif task is not None and task.name == sender:
+        request = message_of(task)
         # What a task is replaced by has its id, too, and is no flight's.
-        replaces = headers.get("replaced_task_nesting", 0) != request.replaced_task_nesting
-        if again and not replaces:
+        nesting = headers.get("replaced_task_nesting", 0)
+        if request is not None and (request.id, request.replaced_task_nesting) == (task_id, nesting):
             header = header_in(vars(request))
     if header is not None:
         headers[HEADER] = header
         if not is_refresh(header):
             properties.pop("expiration", None)
+    elif found is not None and not _is_of_message(found, task_id):
+        others = _without_ours(headers)
+        headers.clear()
+        headers.update(others)
 
 
 # ---- running ---------------------------------------------------------------------------------------------------
 
 
-def with_flights(task: Any, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a task's `run` that is a flight if its message carries a ticket, and else what it was.
+def with_flights(task: Any) -> None:
+    """Make a flight of whatever a task runs for a message with a ticket.
 
-    It is `run`, as every class's own `__call__` goes around that one, whatever it does before and after.
+    Celery calls the task's `run`, or, if one of its classes has a `__call__` of its own, that one in its place. What
+    the outer of them comes to is what the flight comes to, as it is for any task.
     """
+    task.run = _run_with_flights(task, task.run)
+    cls = type(task)
+    if mro_lookup(cls, "__call__", {celery.Task, object}, ["celery.app.task"]) and not hasattr(cls.__call__, _OURS):
+        cls.__call__ = _call_with_flights(cls.__call__)
 
+
+_OURS: Final = "memolock_flights"
+
+#: In what a message's request says how far its flight has come: into a class's `__call__`, or into `run`.
+_WITHIN: Final = "memolock_within"
+
+
+def _run_with_flights(task: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run)
     def fly(*args: Any, **kwargs: Any) -> Any:
         request = message_of(task)
-        header = header_in(getattr(request, "__dict__", None))
-        # A plain call of this task from inside its own run comes by here too, and must not be the flight again.
-        if header is None or getattr(request, "memolock_entered", False):
-            message: FlightMessage | None = getattr(request, "memolock_flight", None)
-            if message is not None and not message.running:
-                logger.warning("memolock: task %s runs again after its flight's end, for nobody who waits", task.name)
-            with grounded():
-                return run(*args, **kwargs)
-        request.memolock_entered = True
-        if is_refresh(header):
-            return run_refresh(task.memo, header, args, kwargs)
-        ticket = read_ticket(header)
-        if ticket is None:
-            raise Ignore("memolock drops a message whose ticket it cannot read")
-        message = request.memolock_flight = FlightMessage(task, request, ticket, run)
-        try:
-            return message.fly(args, kwargs)
-        except BaseException as error:
-            message.left_by = error  # a class's `__call__` may keep it to itself
-            raise
+        match getattr(request, _WITHIN, None):
+            case "__call__":
+                setattr(request, _WITHIN, "run")
+                try:
+                    return run(*args, **kwargs)
+                finally:
+                    setattr(request, _WITHIN, "__call__")
+            case "run":  # a plain call of this task from inside its own run must not be the flight again
+                with grounded():
+                    return run(*args, **kwargs)
+        return _fly(task, request, "run", functools.partial(run, *args, **kwargs))
 
     return fly
+
+
+def _call_with_flights(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def fly(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = message_of(self)
+        if hasattr(request, _WITHIN):
+            return call(self, *args, **kwargs)
+        return _fly(self, request, "__call__", functools.partial(call, self, *args, **kwargs))
+
+    setattr(fly, _OURS, True)
+    return fly
+
+
+def _fly(task: Any, request: Any, within: str, body: Callable[[], Any]) -> Any:
+    """Run what Celery called for a message."""
+    header = header_in(getattr(request, "__dict__", None))
+    if not _is_of_message(header, getattr(request, "id", None)):
+        with grounded():
+            return body()
+    setattr(request, _WITHIN, within)
+    if is_refresh(header):
+        return run_refresh(task.memo, header, request.args, request.kwargs)
+    ticket = read_ticket(header)
+    if ticket is None:
+        raise Ignore("memolock drops a message whose ticket it cannot read")
+    request.memolock_flight = FlightMessage(task, request, ticket, body)
+    return request.memolock_flight.fly()
 
 
 def message_of(task: Any) -> Any:
@@ -275,24 +353,26 @@ class FlightMessage:
     Attributes:
         told: whether those who wait know what became of the message, or will know without another word.
         running: whether the task's own code runs.
-        left_by: what it ended by, if not by a value.
+        holder: names the process that runs it, once it has begun.
     """
 
-    def __init__(self, task: Any, request: Any, ticket: Ticket, run: Callable[..., Any]) -> None:
+    def __init__(self, task: Any, request: Any, ticket: Ticket, body: Callable[[], Any]) -> None:
         self._task = task
         self._request = request
         self._ticket = ticket
-        self._run = run
+        self._body = body
         self._work: Work | None = None
         self._goes_on = False
         self._left_by: BaseException | None = None
         self.running = False
         self.told = False
-        self.left_by: BaseException | None = None
+        self.holder = ""
 
-    def fly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def fly(self) -> Any:
         """Claim, run and settle. Raises what the run raised, or `Ignore` where there is nothing to run."""
         request = self._request
+        # The message's own arguments: a class's `__call__` may give the run others, which nobody asked for by the key.
+        args, kwargs = tuple(request.args), dict(request.kwargs)
         holder = holder_of(request.hostname, os.getppid(), os.getpid())
         redelivered = bool((request.delivery_info or {}).get("redelivered"))
         engine = CeleryEngine(self._task)
@@ -300,9 +380,9 @@ class FlightMessage:
         self._work = work
 
         def body(flight: Flight) -> Outcome:
-            self.told = self.running = True  # from here on it is the flight that tells
+            self.running, self.holder = True, holder
             try:
-                return self._outcome(flight, args, kwargs)
+                return self._outcome(flight)
             finally:
                 self.running = False
 
@@ -310,10 +390,12 @@ class FlightMessage:
             done = work.do(body)
         except StoreUnavailable as error:  # before the run: what comes after it is in what `do` returns
             logger.warning("memolock puts the message of key %s back: %s", self._ticket.keys.tag, error)
-            self._send_again(args, kwargs, _PUT_BACK)
+            self._send_again(_PUT_BACK)
             raise Ignore from None
+        finally:
+            self.told = self.told or isinstance(work.outcome, Interrupted)
         if isinstance(done, Defer):
-            self._send_again(args, kwargs, done.delay)
+            self._send_again(done.delay)
         self.told = True
         if not isinstance(done, Finished):
             raise Ignore
@@ -335,9 +417,9 @@ class FlightMessage:
         if not self._work.requeue(retries, delay):
             raise Ignore("memolock does not retry a flight that an invalidation or another flight made worthless")
 
-    def _outcome(self, flight: Flight, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+    def _outcome(self, flight: Flight) -> Outcome:
         try:
-            return flight.outcome(self._run(*args, **kwargs))
+            return flight.outcome(self._body())
         except (Retry, Ignore, Reject) as left:
             self._left_by = left
             if _comes_back(left, self._task) and not self._goes_on:
@@ -356,11 +438,11 @@ class FlightMessage:
                 return Interrupted(error)
             return Raised(_without_value(self._task, error))
 
-    def _send_again(self, args: tuple[Any, ...], kwargs: dict[str, Any], delay: float) -> None:
+    def _send_again(self, delay: float) -> None:
         request = self._request
         if not request.is_eager:  # else there is no message: a waiting caller takes over when the lease has passed
-            task = self._task
-            task.signature_from_request(request, args, kwargs, countdown=delay, retries=request.retries).apply_async()
+            again = self._task.signature_from_request(request, countdown=delay, retries=request.retries)
+            again.apply_async()
         self.told = True
 
 
@@ -413,12 +495,10 @@ def _on_end(sender: Any, state: str | None = None, retval: Any = None, **_: Any)
     message: FlightMessage | None = getattr(request, "memolock_flight", None)
     if message is not None and message.told:
         return  # as nearly always: its ticket need not be read again
-    ticket = ticket_in(getattr(request, "__dict__", None))
+    ticket = ticket_in(getattr(request, "__dict__", None), getattr(request, "id", None))
     if ticket is None or not is_of_task(ticket.keys, sender.name):
         return
     left = retval if isinstance(retval, BaseException) else sys.exc_info()[1]
-    if left is None and message is not None:
-        left = message.left_by
     if state == "RETRY" or isinstance(left, Retry) or _comes_back(left, sender):
         return  # it comes again
     if left is None:
@@ -429,14 +509,16 @@ def _on_end(sender: Any, state: str | None = None, retval: Any = None, **_: Any)
         return  # the main process tells why, or the lease decides
     else:
         error = _without_value(sender, left)
-    logger.warning("memolock tells those who wait for key %s that its flight never began: %r", ticket.keys.tag, error)
-    tell_failure(sender, ticket, "", error)
+    logger.warning(
+        "memolock tells those who wait for key %s that its flight came to nothing: %r", ticket.keys.tag, error
+    )
+    tell_failure(sender, ticket, message.holder if message else "", error)
 
 
 def _without_flight(task: Any) -> FlightFailed:
     """Return what those hear who wait for a message that ended as if nobody had waited."""
     if hasattr(task, "memolock"):
-        text = "ended without having run: a __call__ did not call run, or run was patched"
+        text = "ended without a flight: its run was patched, or is called by what Celery does not know as its __call__"
     else:
         text = "is an ordinary task on its worker, which stores no value: is the worker's code that of its callers?"
     return FlightFailed(f"task {task.name!r} {text}")
@@ -477,7 +559,7 @@ def _on_rejected(sender: Any, message: Any, exc: BaseException | None = None, **
 
 
 def _tell_of_message(consumer: Any, message: Any, text: str) -> None:
-    ticket = ticket_in(message.headers)
+    ticket = ticket_in(message.headers, message.properties.get("correlation_id"))
     if ticket is None:
         return
     error = FlightFailed(f"{text} (are its modules and its configuration those of its callers?)")

@@ -60,7 +60,7 @@ class FlightRequest(_Request):  # type: ignore[misc]  # Celery's is untyped
         return super()._announce_revoked(reason, terminated, signum, expired)
 
     def _disown(self, error: Exception | None) -> None:
-        ticket = ticket_in(self.message.headers)
+        ticket = ticket_in(self.message.headers, self.id)
         if ticket is None:
             return
         holder = holder_of(self.hostname, os.getpid(), self.worker_pid) if self.worker_pid else ""

@@ -19,8 +19,18 @@ from celery import Celery, Task, _state
 from celery.contrib.testing.worker import start_worker
 from celery.worker.request import Request
 
-from celery_memolock import MISS, MemoLockTask, OptionError, current_flight, external, memolocked_task
+from celery_memolock import (
+    MISS,
+    DispatchError,
+    MemoLockTask,
+    OptionError,
+    ReentrantFlight,
+    current_flight,
+    external,
+    memolocked_task,
+)
 from celery_memolock.server import Server
+from celery_memolock.work import Work
 from tests.workers.conftest import in_background, until
 
 T = TypeVar("T")
@@ -179,6 +189,119 @@ BASES: list[type[Any]] = [
 ]
 
 
+class Committing(Task):
+    """Raises when the run is over, as what commits a transaction may."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        super().__call__(*args, **kwargs)
+        raise LookupError("no commit")
+
+
+class Rescuing(Task):
+    """Has a value for a run that fails."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.run(*args, **kwargs)
+        except ZeroDivisionError as error:
+            return ["rescued", str(error)]
+
+
+class Repeating(Task):
+    """Runs until it goes well."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                return self.run(*args, **kwargs)
+            except ZeroDivisionError:
+                args = (args[0] + 1,)
+
+
+class RetryingAround(Task):
+    """Retries what fails, from around the run."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return ["after retries", self.request.retries, self.run(*args, **kwargs)]
+        except ZeroDivisionError as error:
+            raise self.retry(exc=error, countdown=0, max_retries=2) from error
+
+
+class InThread(Task):
+    """Runs in another thread."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return in_background(self.run, *args, **kwargs).result(10)
+
+
+class InThreadFirst(InThread, MemoLockTask[..., Any]):
+    """Stands before memolock's class."""
+
+    abstract = True
+
+
+AROUND: list[type[Any]] = [Committing, Rescuing, Repeating, RetryingAround, InThread, InThreadFirst]
+
+
+class Injecting(Task):
+    """Gives the run more than its caller did, and what no message takes."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, session=threading.Lock(), **kwargs)
+
+
+class Forwarding(Task):
+    """Sends what a run sends with the headers of its own message, as recipes for tenants and traces do."""
+
+    abstract = True
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
+        task = _state.get_current_task()
+        ours = {"memolock": vars(task.request)["memolock"]} if task and "memolock" in vars(task.request) else {}
+        headers = {**ours, "headers": ours, **(options.pop("headers", None) or {})}
+        return super().apply_async(args, kwargs, *more, headers=headers, **options)
+
+
+class Quiet(Task):
+    """Sends nothing."""
+
+    abstract = True
+
+    def apply_async(self, *args: Any, **options: Any) -> None: ...
+
+
+class SendsInThread(Task):
+    """Sends in a thread of its own, by means of its own."""
+
+    abstract = True
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        options.pop("producer", None)
+        threading.Timer(0.1, super().apply_async, (args, kwargs), options).start()
+
+
+class Asking(MemoLockTask[..., Any]):
+    """Asks for its own value before its run."""
+
+    abstract = True
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        self.get_cached(*args, **kwargs)
+
+
 class Counting(MemoLockTask[[int], Any]):
     """Is made with an argument, and does not call its base's `__init__`."""
 
@@ -224,6 +347,9 @@ class ByClassMethod(Counting):
 
 
 tokens: queue.Queue[str] = queue.Queue()
+started: queue.Queue[int] = queue.Queue()
+ran: queue.Queue[tuple[str, int]] = queue.Queue()
+gate = threading.Event()
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +394,48 @@ def tasks(server: Server) -> Iterator[dict[str, Any]]:
         sender.with_options(nested="dispatch").refresh(number)
         return self.request.id
 
-    made.update(sender=sender, parent=parent)
+    for base in AROUND:
+
+        @make(base, "divided")
+        def divided(self: Any, number: int) -> Any:
+            return [100 / (number - self.request.retries), bool(current_flight)]
+
+    @memolocked_task(
+        app=app, ttl=60, base=Injecting, name="injected", key="{number}", tags=lambda number: [f"injected {number}"]
+    )
+    def injected(number: int, session: Any = None) -> Any:
+        started.put(number)
+        if number == 3:
+            assert gate.wait(10)
+        return [number, type(session).__name__]
+
+    @memolocked_task(app=app, ttl=60, base=Forwarding, name="forwarding", bind=True)
+    def forwarding(self: Any, number: int) -> Any:
+        if number:
+            self.delay(number - 1)
+            other.delay(number)
+            ours = {"memolock": vars(self.request).get("memolock")}
+            app.tasks["ordinary"].apply_async((number,), headers=ours)
+            other.apply((number,), headers=ours)
+        ran.put(("forwarding", number))
+        return ["forwarding", number]
+
+    @memolocked_task(app=app, ttl=60, base=Forwarding, name="other")
+    def other(number: int) -> Any:
+        ran.put(("other", number))
+        return ["other", number]
+
+    @app.task(name="ordinary", shared=False)
+    def ordinary(number: int) -> None:
+        ran.put(("ordinary", number))
+
+    for base in (Quiet, SendsInThread, Asking):
+
+        @make(base, "plain")
+        def simple(self: Any, number: int) -> Any:
+            return [number, self.request.retries]
+
+    made.update(sender=sender, parent=parent, injected=injected, forwarding=forwarding, other=other)
     for cls in (ByMethod, ByStaticMethod, ByClassMethod):
         made[cls.__name__] = app.register_task(cls(3))
     app.finalize()
@@ -303,6 +470,79 @@ def test_nothing_to_tell(
     assert plain.peek(4) == [4, 0]
     plain.delay(0).get(10, interval=0.01)  # the worker has come to its next message
     assert not [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("base", AROUND)
+@pytest.mark.parametrize("number", [0, 2])
+def test_around_the_run(tasks: dict[str, Any], base: type[Any], number: int) -> None:
+    """What a class's `__call__` makes of the run is what all who wait get, be it a value, an error or a retry."""
+    task = tasks[f"{base.__name__} divided"]
+
+    def told(get: Callable[[], Any]) -> str:
+        try:
+            return str(get())
+        except (LookupError, ZeroDivisionError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    as_ever = told(lambda: task.delay(number).get(10, interval=0.01))
+    assert "True" not in as_ever
+    in_flight = as_ever if "Thread" in base.__name__ else as_ever.replace("False", "True")
+    assert told(lambda: task.get_cached(number)) == in_flight
+
+
+def test_injected_arguments(tasks: dict[str, Any]) -> None:
+    """What a class's `__call__` adds to the arguments is no part of the key, its tags, or the refresh asked for."""
+    injected = tasks["injected"]
+    assert injected.get_cached(1) == [1, "lock"]
+    assert injected.invalidate_tag("injected 1") == 1
+    injected.refresher(2).apply_async(ignore_result=False).get(10, interval=0.01)
+    assert injected.peek(2) == [2, "lock"]
+    waiting = in_background(injected.get_cached, 3)
+    until(lambda: started.get(timeout=10) == 3)
+    assert injected.refresh(3) is False
+    gate.set()
+    assert waiting.result(10) == [3, "lock"]
+    assert started.get(timeout=10) == 3  # once more, as asked for
+
+
+def test_forwarded_headers(tasks: dict[str, Any]) -> None:
+    """A run may send other tasks, and itself, with the headers of its own message: they run as they always do."""
+    assert tasks["forwarding"].get_cached(2) == ["forwarding", 2]
+    heard = sorted(ran.get(timeout=10) for _ in range(9))
+    assert heard == [
+        *(("forwarding", number) for number in range(3)),
+        *(("ordinary", number) for number in (1, 2)),
+        *(("other", number) for number in (1, 1, 2, 2)),
+    ]
+
+
+def test_sends_nothing(tasks: dict[str, Any]) -> None:
+    """Who waits for a message that its class did not send is told so, and not left to wait."""
+    with pytest.raises(DispatchError, match="apply_async of task 'Quiet plain' sent no message"):
+        tasks["Quiet plain"].get_cached(1)
+    assert tasks["SendsInThread plain"].get_cached(1) == [1, 0]
+
+
+def test_asks_for_its_own_value(tasks: dict[str, Any]) -> None:
+    """A hook that asks for the very value that is to be computed is refused, as a run would be."""
+    with pytest.raises(ReentrantFlight, match="'Asking plain' asked for key"):
+        tasks["Asking plain"].get_cached(1)
+
+
+def test_fault_after_the_run(tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should memolock itself fail between a run and its settling, those who wait hear of that at once."""
+    settle = Work.do
+
+    def fail(self: Work, body: Callable[..., Any]) -> Any:
+        def broken(flight: Any) -> Any:
+            body(flight)
+            raise RuntimeError("of our own")
+
+        return settle(self, broken)
+
+    monkeypatch.setattr(Work, "do", fail)
+    with pytest.raises(RuntimeError, match="of our own"):
+        tasks["Plain plain"].get_cached(99)
 
 
 def test_sender(tasks: dict[str, Any]) -> None:
