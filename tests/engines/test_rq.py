@@ -135,6 +135,14 @@ def test_a_job_that_had_to_wait_has_its_retries_left(jobs: Any, start: Start, ke
     assert first.result(30) == 1
 
 
+def test_time_out_of_a_retry(jobs: Any, start: Start, key: str) -> None:
+    """It says that a worker took the job, and not how many there are."""
+    start("--worker-class", "rq.SimpleWorker")
+    with pytest.raises(WaitTimeout, match=r"QUEUED for .* \(a worker took it and asked for a retry"):
+        jobs.patient.with_options(wait_timeout=2.0).get_cached(key)
+    assert rq_jobs.ran(jobs, f"patient {key}") == 1
+
+
 def test_an_invalidated_flight_is_not_retried(jobs: Any, start: Start, key: str) -> None:
     """Its waiters look again instead, and get a value from after the invalidation."""
     start("--worker-class", "rq.SimpleWorker")
