@@ -121,8 +121,21 @@ def test_unknown_task(any_shop: AnyShop, key: str) -> None:
     def unknown(key: str) -> str:
         return key
 
-    with pytest.raises(FlightFailed, match="not registered on worker"):
+    with pytest.raises(FlightFailed, match=r"not registered on worker \S+ \(are its modules"):
         unknown.get_cached(key)
+
+
+def test_a_task_of_another_module_name(any_shop: AnyShop, key: str) -> None:
+    """Where the worker has a task that differs from it only in its module's name, that one is named with the cure."""
+    made, *_ = any_shop
+
+    @memolocked_task(app=made.app, ttl=5, name=f"{key}.stock")
+    def stock(key: str) -> str:
+        return key
+
+    text = rf"task '{key}\.stock' is not registered on worker \S+, which has 'shop\.stock' \(.* give them name="
+    with pytest.raises(FlightFailed, match=text):
+        stock.get_cached(key)
 
 
 def test_time_out_while_running(any_shop: AnyShop, key: str) -> None:
