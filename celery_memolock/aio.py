@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from . import effects
-from .bounded import LAST, log_failure
+from .bounded import LAST, log_failure, not_before
 from .effects import Core, Onward, Script
 from .engine import Engine
 from .errors import MemoLockError
@@ -130,8 +130,8 @@ class AsyncDriver:
                 if inline:
                     return self._run_here(ticket, args, kwargs)
                 return self._send(ticket, args, kwargs, timeout)
-            case effects.Attendance((args, kwargs), timeout):
-                return _answer(self._engine.attendance(args, kwargs), timeout)
+            case effects.Attendance((args, kwargs), since, timeout):
+                return _answer(not_before(since, lambda: self._engine.attendance(args, kwargs)), timeout)
             case effects.Own(run, timeout):
                 return _end_of(run, timeout)
             case effects.Query():

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from contextvars import copy_context
 from typing import Any, Final
 
-__all__ = ["LAST", "Asides", "TooSlow", "aside", "end_asides", "inquire", "log_failure", "within"]
+__all__ = ["LAST", "Asides", "TooSlow", "aside", "end_asides", "inquire", "log_failure", "not_before", "within"]
 
 logger = logging.getLogger("celery_memolock")
 
@@ -37,6 +37,20 @@ _AWAITED: Final = 0.5
 #: Of what nobody waits for, so many of a kind are done at once, and so many may wait for that.
 _MOST_WORKING: Final = 8
 _MOST_WAITING: Final = 10_000
+
+
+class _Answer(Future[str]):
+    """What becomes of a question.
+
+    Attributes:
+        asked: when, by the monotonic clock.
+        shared: whether it is for others who ask the same later.
+    """
+
+    def __init__(self, asked: float) -> None:
+        super().__init__()
+        self.asked = asked
+        self.shared = True
 
 
 class TooSlow(Exception):
@@ -94,7 +108,7 @@ class _Courier(threading.Thread):
 
 
 _lock = threading.Lock()
-_asked: weakref.WeakKeyDictionary[Any, dict[str, tuple[float, Future[str]]]] = weakref.WeakKeyDictionary()
+_asked: weakref.WeakKeyDictionary[Any, dict[str, _Answer]] = weakref.WeakKeyDictionary()
 _idle: list[_Courier] = []
 _stuck: set[_Courier] = set()
 
@@ -147,13 +161,12 @@ def inquire(owner: Any, about: str, ask: Callable[[ExitStack], str]) -> Future[s
     now = time.monotonic()
     with _lock:
         known = _asked.setdefault(owner, {})
-        asked, answer = known.get(about, (now, None))
-        if answer is not None and not answer.done():
-            return answer if now < asked + _AWAITED else None
-        if answer is not None and now < asked + _RECENT:
-            return answer
-        answer = Future()
-        known[about] = now, answer
+        found = known.get(about)
+        if found is not None and not found.done():
+            return found if now < found.asked + _AWAITED else None
+        if found is not None and found.shared and now < found.asked + _RECENT:
+            return found
+        answer = known[about] = _Answer(now)
 
     def work() -> None:
         try:
@@ -170,6 +183,21 @@ def inquire(owner: Any, about: str, ask: Callable[[ExitStack], str]) -> Future[s
     except RuntimeError:  # there is no thread to be had
         answer.set_result("")
     return answer
+
+
+def not_before(moment: float, ask: Callable[[], Future[str] | None]) -> Future[str] | None:
+    """Ask, and ask anew if what is shared was asked before a moment: what changed since then it does not tell.
+
+    Returns:
+        None also if an earlier question is under way: its answer may be of either time.
+    """
+    answer = ask()
+    if not isinstance(answer, _Answer) or answer.asked >= moment:
+        return answer
+    if not answer.done():
+        return None
+    answer.shared = False
+    return ask()
 
 
 def log_failure(error: BaseException) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "Acquire",
     "Arguments",
     "Aside",
+    "Attempts",
     "Attendance",
     "Body",
     "CachedEntry",
@@ -565,6 +566,18 @@ class Scan(Query):
 
 
 @dataclass(frozen=True, slots=True)
+class Attempts(Query):
+    """Ask how often a worker has begun a flight → how often; 0 if another one took over, or none goes on.
+
+    Attributes:
+        fence: of the flight; "" for whichever goes on.
+    """
+
+    keys: Keys
+    fence: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServerTime(Query):
     """Ask what time it is on the server → microseconds since 1970."""
 
@@ -627,9 +640,14 @@ class Attendance:
     """Ask what is known of the workers that could take the message of a call, for at most so many seconds → in words.
 
     "" if nothing is.
+
+    Attributes:
+        since: when its flight came to wait for a worker, by this process's clock. What others learnt before that is
+            not known to hold still.
     """
 
     arguments: Arguments
+    since: float
     timeout: float
 
 

@@ -457,14 +457,14 @@ def _asked(name: str, function: Callable[[Any], Any], value: Any) -> Any:
 def _known(given: Iterable[str], allowed: Iterable[str]) -> None:
     for name in given:
         if name not in allowed:
-            meant = f", {near}" if (near := guess(name, allowed)) else ";"
-            raise OptionError(f"unknown memolock option {name!r}{meant} known are: {', '.join(sorted(allowed))}")
+            meant = f" ({near})" if (near := guess(name, allowed)) else ""
+            raise OptionError(f"unknown memolock option {name!r}{meant}; known are: {', '.join(sorted(allowed))}")
 
 
 def guess(name: str, known: Iterable[str]) -> str:
     """Ask whether the nearest of some names was meant, or say where a server is named; "" if none is near."""
     if name in _SERVERS:
-        return "a server is named by memolock_redis_url of a Celery app, or redis= of MemoLock and memolocked_job;"
+        return "a server is named by memolock_redis_url of a Celery app, or redis= of MemoLock and memolocked_job"
     near = difflib.get_close_matches(name, list(known), 1)
     return f"did you mean {near[0]!r}?" if near else ""
 

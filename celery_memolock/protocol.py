@@ -17,6 +17,7 @@ from .codec import Entry, Packed, fence_of, pack_error, unpack_error
 from .effects import (
     Acquire,
     Aside,
+    Attempts,
     Attendance,
     Body,
     CachedEntry,
@@ -344,7 +345,11 @@ def _last_word(call: Call, rooms: Rooms, seat: Seat, clock: Clock) -> Core[Told]
             state, seconds = flight
             question.told = Told(state, clock() - seconds)
             if state == "Q":
-                workers = yield Attendance(call.arguments, max(0.0, until - clock()))
+                if (yield Attempts(call.keys, place.fence)):
+                    workers = _SENT_BACK
+                else:
+                    since = question.told.since
+                    workers = yield Attendance(call.arguments, since, max(0.0, until - clock()))
                 question.told = replace(question.told, workers=workers)
     except StoreUnavailable:
         pass  # a registration goes with its flight, at the latest with the flight's lease
@@ -712,6 +717,9 @@ _STATES: Final[dict[str, tuple[Literal["PENDING", "QUEUED", "RUNNING"], str]]] =
         "the task takes longer than wait_timeout, or its worker died, which is known when its lease is over",
     ),
 }
+
+
+_SENT_BACK: Final = "a worker took it and asked for a retry: it waits for the time of that, and then for a worker"
 
 
 def _too_late(call: Call, waited: float, ended: float, told: Told) -> WaitTimeout:

@@ -27,7 +27,7 @@ from redis.sentinel import SentinelManagedConnection
 
 from .clock import Clock
 from .connections import MOST_CONNECTIONS, Busy, Connections, Packed
-from .effects import Acquire, Hold, Leave, Query, Renew, Run, Script
+from .effects import Acquire, Attempts, Hold, Leave, Query, Renew, Run, Script
 from .errors import ConfigurationError, StoreUnavailable
 from .inbox import Inbox
 from .keys import Keys, entry_prefix
@@ -168,12 +168,14 @@ class Store:
             StoreUnavailable: the server cannot be reached, or refused.
         """
         with self._troubles:
-            return answer(query, _checked(self._connections.ask(self._connections.pack(*command(query)), 1)))
+            packed = self._connections.pack(*command(query))
+            return answer(query, _checked(self._connections.ask(packed, 1, _patience(query))))
 
     async def aask(self, query: Query) -> Any:
         """Do what `ask` does, from asyncio."""
         with self._troubles:
-            return answer(query, _checked(await self._pipe().ask(self._connections.pack(*command(query)), 1)))
+            packed = self._connections.pack(*command(query))
+            return answer(query, _checked(await self._pipe().ask(packed, 1, _patience(query))))
 
     def forget(self, entry: str) -> None:
         """Drop what this process keeps of an entry, whichever task it is of."""
@@ -427,12 +429,12 @@ def _checked(answers: list[Any]) -> Any:
     return answer
 
 
-def _patience(effect: Script) -> float | None:
-    """Return for how many seconds somebody waits for a script's reply; None if for as long as it may take."""
+def _patience(effect: Script | Query) -> float | None:
+    """Return for how many seconds somebody waits for the server's reply; None if for as long as it may take."""
     match effect:
         case Acquire(wanted=wanted, register=int()):
             return max(wanted, LOOK_PATIENCE)
-        case Leave():
+        case Leave() | Attempts():
             return LEAVE_PATIENCE
     return None
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from . import effects
-from .bounded import LAST, TooSlow, aside, log_failure, within
+from .bounded import LAST, TooSlow, aside, log_failure, not_before, within
 from .effects import Core, Script, drive
 from .engine import Engine
 from .errors import MemoLockError
@@ -57,8 +57,8 @@ class Driver:
                 if inline:
                     return self._engine.run_here(ticket, args, kwargs)
                 return self._engine.send(ticket, args, kwargs, timeout)
-            case effects.Attendance((args, kwargs), timeout):
-                return _answer(self._engine.attendance(args, kwargs), timeout)
+            case effects.Attendance((args, kwargs), since, timeout):
+                return _answer(not_before(since, lambda: self._engine.attendance(args, kwargs)), timeout)
             case effects.Query():
                 return self._engine.store.ask(effect)
             case effects.Aside(core):

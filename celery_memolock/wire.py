@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from .effects import (
     Acquire,
+    Attempts,
     Claim,
     Confirm,
     Defer,
@@ -186,6 +187,8 @@ def command(query: Query) -> tuple[Argument, ...]:
             return "ZSCAN", keys.all[0], cursor, "COUNT", _BATCH
         case Scan(pattern, cursor):
             return "SCAN", cursor, "MATCH", pattern, "COUNT", _BATCH
+        case Attempts(keys):
+            return "HMGET", keys.all[1], "fence", "attempt"
     raise TypeError(f"{type(query).__name__} has no command")
 
 
@@ -198,6 +201,9 @@ def answer(query: Query, raw: Any) -> Any:
             return int(raw[0]), [name.decode() for name in raw[1][::2]]
         case Scan():
             return int(raw[0]), [name.decode() for name in raw[1]]
+        case Attempts(_, fence):
+            found, attempt = raw
+            return int(attempt) if found is not None and fence in ("", found.decode()) else 0
     raise TypeError(f"{type(query).__name__} has no command")
 
 

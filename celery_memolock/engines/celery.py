@@ -299,10 +299,10 @@ def memolocked_task(*misplaced: Any, ttl: Any = None, app: Any = None, **options
     ours = {"ttl": ttl, **{name: options.pop(name) for name in list(options) if name in _OPTION_NAMES}}
     base = options["base"] = _base(options.get("base"))
     for name in options:
-        if name not in _CELERY_OPTIONS and not hasattr(base, name):
+        if name not in _CELERY_OPTIONS and (name in _OUR_NAMES or not hasattr(base, name)):
             meant = f" ({near})" if (near := guess(name, _OPTION_NAMES | _CELERY_OPTIONS)) else ""
             raise OptionError(
-                f"unknown option {name!r}{meant}: neither memolock nor Celery's tasks have it (an attribute of your "
+                f"unknown option {name!r}{meant}: neither memolock nor Celery's tasks take it (an attribute of your "
                 f"own goes on a base class). memolock's are: {', '.join(sorted(_OPTION_NAMES))}"
             )
     if ttl is None:

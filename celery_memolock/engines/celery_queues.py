@@ -71,9 +71,7 @@ def _answered(app: Any, connection: Any, queue: str, where: str) -> str:
     return f"{text}: is one running, with this broker, or busy in a pool that cannot answer meanwhile, such as solo?"
 
 
-_BUSY: Final = (
-    "busy, or a retry waits for its time, or its log has an error; do web and workers have the same memolock_redis_url?"
-)
+_BUSY: Final = "busy, or its log has an error; do web and workers have the same memolock_redis_url?"
 
 
 class _Found(Exception):

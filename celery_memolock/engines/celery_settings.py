@@ -126,13 +126,18 @@ def _is_redis(name: str, setting: Any) -> bool:
 
 
 def _shown(urls: Any) -> str:
-    """Return what a setting names, without user and password."""
+    """Return what a setting names, without user, password and parameters, also where its URL is none."""
     url = urls[0] if isinstance(urls, list | tuple) and urls else urls
-    return _LOG_IN.sub(r"\1***@", repr(url)) if url else "not set"
+    found = _PARTS.match(str(url or ""))
+    if found is None or not found[0]:
+        return "not set"
+    scheme, log_in, place = found.groups("")
+    if "?" in log_in:  # of a password, or before one among the parameters
+        return repr(f"{scheme}***")
+    return repr(f"{scheme}{log_in and '***@'}{place}")
 
 
-#: Whatever may be one, in a URL that may be none.
-_LOG_IN: Final = re.compile(r"('\w[\w+]*://|').*@")
+_PARTS: Final = re.compile(r"(\w[\w+]*:?//)?(.*@)?([^?]*)", re.DOTALL)
 
 
 def defaults_of(app: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from celery_memolock import ConfigurationError, StoreUnavailable
 from celery_memolock.codec import Codec, Entry, Packed, pack_error
 from celery_memolock.effects import (
     Acquire,
+    Attempts,
     Claim,
     Confirm,
     Defer,
@@ -395,6 +396,18 @@ def test_leave_removes_only_its_own(store: Store, client: redis.Redis, keys: Key
     state, _ = store.run(Leave(keys, Place(won.fence, 2)))
     assert state == "P"
     assert not [name for name in client.hkeys(keys.all[1]) if name.startswith(b"w:")]  # type: ignore[union-attr]
+
+
+def test_attempts(store: Store, keys: Keys) -> None:
+    """How often a worker has begun a flight is known while that goes on."""
+    assert store.ask(Attempts(keys, "")) == 0
+    won = acquire(store, keys)
+    assert store.ask(Attempts(keys, won.fence)) == 0
+    run = claim(store, keys, won.fence)
+    assert store.run(Requeue(keys, run, 1, 30.0)) == "OK"
+    for fence in (won.fence, ""):
+        assert store.ask(Attempts(keys, fence)) == 1
+    assert store.ask(Attempts(keys, "17-abc")) == 0
 
 
 def test_flushed_scripts(store: Store, client: redis.Redis, keys: Keys) -> None:

@@ -68,6 +68,11 @@ if "RQ_JOBS_URL" in os.environ:
             raise Sold(key)
         return count
 
+    @memolocked_job(queue, retry=rq.Retry(max=1, interval=60), **COMMON)
+    def patient(key: str) -> None:
+        note(f"patient {key}")
+        raise Sold(key)
+
     @memolocked_job(queue, **COMMON)
     def returning(key: str, failures: int) -> Any:
         count = note(f"returning {key}")

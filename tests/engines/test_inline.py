@@ -290,8 +290,10 @@ def test_options_of_the_stored_form(memo: MemoLock, option: dict[str, Any]) -> N
 
 def test_wrong_options(memo: MemoLock) -> None:
     """A name that is none and a value that makes no sense are refused, also after one that is equal to it."""
-    with pytest.raises(OptionError, match="unknown memolock option 'ttll'"):
-        memo.get("k", Fetch(), ttll=5)
+    without_ttl = MemoLock(eager=True)
+    for each in (memo, without_ttl, without_ttl.client("kind")):
+        with pytest.raises(OptionError, match=r"unknown memolock option 'ttll' \(did you mean 'ttl'\?\); known are: "):
+            each.get("k", Fetch(), ttll=5)
     assert memo.get("k", Fetch(), ttl=1) == "value"
     with pytest.raises(OptionError, match="ttl=True"):
         memo.get("k", Fetch(), ttl=True)
@@ -671,6 +673,10 @@ def test_what_cannot_be_memoized(memo: MemoLock) -> None:
     for decorator in (staticmethod, classmethod):
         with pytest.raises(OptionError, match=f"below {decorator.__name__}"):
             memo.memoize()(decorator(lambda key: key))  # type: ignore[arg-type]
+    wrong: Any = memo.memoize
+    for misplaced in (5, lambda key: key, "name"):
+        with pytest.raises(OptionError, match=r"write @memo\.memoize\(ttl=5\), with all options by name"):
+            wrong(misplaced)
 
 
 def test_a_coroutine_function(memo: MemoLock) -> None:

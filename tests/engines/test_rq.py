@@ -135,6 +135,14 @@ def test_a_job_that_had_to_wait_has_its_retries_left(jobs: Any, start: Start, ke
     assert first.result(30) == 1
 
 
+def test_time_out_of_a_retry(jobs: Any, start: Start, key: str) -> None:
+    """It says that a worker took the job, and not how many there are."""
+    start("--worker-class", "rq.SimpleWorker")
+    with pytest.raises(WaitTimeout, match=r"QUEUED for .* \(a worker took it and asked for a retry"):
+        jobs.patient.with_options(wait_timeout=2.0).get_cached(key)
+    assert rq_jobs.ran(jobs, f"patient {key}") == 1
+
+
 def test_an_invalidated_flight_is_not_retried(jobs: Any, start: Start, key: str) -> None:
     """Its waiters look again instead, and get a value from after the invalidation."""
     start("--worker-class", "rq.SimpleWorker")
@@ -190,7 +198,7 @@ def test_a_job_that_cannot_be_imported(
 
     gone.__module__, gone.__qualname__ = "tests.engines.rq_jobs", "gone"
     job = memolocked_job(jobs.queue, ttl=60, prefix=prefix)(gone)
-    with pytest.raises(FlightFailed, match="failed before it ran"):
+    with pytest.raises(FlightFailed, match=r"failed before it ran: .*\(does its worker run where that can be imported"):
         job.get_cached(key)
 
 
@@ -402,6 +410,23 @@ def test_a_function_within_a_function(server: Server, prefix: str) -> None:
 
     with pytest.raises(DispatchError, match="defined within another function"):
         inner.get_cached("k")
+
+
+def test_a_function_of_a_script(server: Server, prefix: str) -> None:
+    """A worker has another `__main__`, so none could import it; who needs no worker may have it."""
+
+    def size(key: str) -> int:
+        return len(key)
+
+    size.__module__, size.__qualname__ = "__main__", "size"
+    with redis.Redis.from_url(server.url) as connection:
+        queue = rq.Queue(prefix, connection=connection)
+        sent = memolocked_job(queue, ttl=5, prefix=prefix)(size)
+        with pytest.raises(DispatchError, match=r"^__main__\.size is defined in what is run as a script: put it into"):
+            sent.get_cached("tea")
+        assert queue.job_ids == []
+        here = rq.Queue(prefix, is_async=False, connection=connection)
+        assert memolocked_job(here, ttl=5, prefix=prefix)(size).get_cached("coffee") == 6
 
 
 def test_queue_down(prefix: str, server: Server, key: str) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from concurrent.futures import Future
 from contextlib import ExitStack
 
 import pytest
 
 from celery_memolock import bounded
-from celery_memolock.bounded import inquire
+from celery_memolock.bounded import inquire, not_before
 
 
 class Owner:
@@ -50,6 +52,41 @@ def test_no_answer() -> None:
     for _ in range(2):
         assert told(inquire(owner, "it", ask)) == ""
     assert asked == [1]
+
+
+def test_no_answer_from_before() -> None:
+    """What was asked before a moment tells nothing of what came then: it is asked anew, once, and that is shared."""
+    owner, asked = Owner(), []
+
+    def ask(_: ExitStack) -> str:
+        asked.append(1)
+        return f"answer {len(asked)}"
+
+    def since(moment: float) -> str:
+        return told(not_before(moment, lambda: inquire(owner, "it", ask)))
+
+    assert since(-math.inf) == "answer 1"
+    moment = time.monotonic()
+    assert [since(moment) for _ in range(3)] == ["answer 2"] * 3
+    assert told(inquire(owner, "it", ask)) == "answer 2"
+
+
+def test_no_answer_from_about_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer on its way to a question from before the moment may be of either time, and nobody else is asked."""
+    owner, gate, asked = Owner(), threading.Event(), []
+
+    def ask(_: ExitStack) -> str:
+        asked.append(gate.wait(20))
+        return "answer"
+
+    monkeypatch.setattr(bounded, "_AWAITED", 20.0)
+    answer = inquire(owner, "it", ask)
+    assert not_before(time.monotonic(), lambda: inquire(owner, "it", ask)) is None
+    assert not_before(-math.inf, lambda: inquire(owner, "it", ask)) is answer
+    assert not_before(0.0, lambda: None) is None
+    gate.set()
+    assert told(answer) == "answer"
+    assert asked == [True]
 
 
 def test_silence(monkeypatch: pytest.MonkeyPatch) -> None:

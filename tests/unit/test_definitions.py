@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import pytest
 from celery import Celery, Task
 from celery.worker.request import Request
+from kombu import serialization
 
 from celery_memolock import MemoLock, MemoLockTask, OptionError, memolocked_task
 from celery_memolock.engines.celery_worker import FlightRequest
@@ -51,8 +53,48 @@ def test_options_that_are_misspelt(app: Celery) -> None:
     for wrong, meant in (("stale_tll", "stale_ttl"), ("autoretry_fro", "autoretry_for")):
         with pytest.raises(OptionError, match=f"unknown option '{wrong}' .did you mean '{meant}'"):
             memolocked_task(app=app, ttl=5, **{wrong: 5})
+    for wrong in ("tll", "expire"):  # which may be why there is no ttl; the second is a method's name
+        for others in ({}, {"ttl": 5}):
+            with pytest.raises(OptionError, match=f"unknown option '{wrong}'"):
+                memolocked_task(app=app, **others, **{wrong: 5})
+    for wrong, meant in (("stale_tll", "stale_ttl"), ("result_tll", "result_ttl")):
+        with pytest.raises(OptionError, match=f"unknown option '{wrong}' .did you mean '{meant}'"):
+            memolocked_job(ttl=5, **{wrong: 5})
     with pytest.raises(OptionError, match="base='x' of @memolocked_task is no class"):
         memolocked_task(app=app, ttl=5, base="x")
+
+
+@pytest.mark.parametrize(
+    ("define", "names"),
+    [
+        (lambda **wrong: memolocked_task(ttl=5, **wrong), ["redis", "redis_url", "url", "connection"]),
+        (lambda **wrong: memolocked_job(ttl=5, **wrong), ["redis_url", "url"]),
+        (lambda **wrong: MemoLock(ttl=5, **wrong), ["redis_url", "url", "connection"]),
+        (lambda **wrong: MemoLock(ttl=5).client("kind", **wrong), ["redis", "redis_url", "url", "connection"]),
+    ],
+    ids=["memolocked_task", "memolocked_job", "MemoLock", "client"],
+)
+def test_a_server_among_the_options(define: Any, names: list[str]) -> None:
+    """Where none is named it is said where one is."""
+    where = "a server is named by memolock_redis_url of a Celery app, or redis= of MemoLock and memolocked_job"
+    for name in names:
+        with pytest.raises(OptionError, match=rf"unknown .*option '{name}' \({where}\)[:;] ") as caught:
+            define(**{name: "redis://:s3cret@h"})
+        assert "s3cret" not in str(caught.value)
+
+
+def test_a_serializer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cure is named: what brings it for memolock."""
+    try:
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, "msgpack", None)
+            serialization.register_msgpack()
+        with pytest.raises(OptionError, match=r"^memolock option serializer=.*msgpack.*: pip install ") as caught:
+            memolocked_task(ttl=5, serializer="msgpack")(says)
+    finally:
+        serialization.register_msgpack()
+    assert "pip install 'celery-memolock[msgpack]'" in str(caught.value)
+    assert str(caught.value).count("install") == 1
 
 
 @pytest.mark.parametrize("function", [silent, says_none])

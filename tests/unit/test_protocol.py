@@ -24,6 +24,7 @@ from celery_memolock.codec import Codec, Entry, pack_error, unpack_error
 from celery_memolock.effects import (
     Acquire,
     Aside,
+    Attempts,
     Attendance,
     Body,
     CachedEntry,
@@ -258,6 +259,27 @@ def test_time_out(state: str, text: str) -> None:
     (left,) = [effect for effect in server.asked if isinstance(effect, Leave)]
     assert left.place.fence == "17-abc"
     assert len(server.rooms) == 0
+
+
+def test_time_out_of_a_retry() -> None:
+    """Of a flight that a worker has begun already nobody is asked whether workers are there."""
+    waiting = Waiting("17-abc", 50.0, "Q", 0.0)
+    server = Server(Acquire=waiting, Leave=("Q", 2.0), Attempts=1, Attendance="no worker is there", ring=False)
+    with pytest.raises(WaitTimeout, match=r"QUEUED for 2\.0 s \(a worker took it and asked for a retry: ") as caught:
+        ask(server, wait_timeout=3)
+    assert "no worker" not in str(caught.value)
+    assert Attendance not in server.kinds()
+    assert Attempts(KEYS, "17-abc") in server.asked
+
+
+def test_time_out_asks_since_when() -> None:
+    """What is said of the workers is to be no older than the flight's wait for one."""
+    waiting = Waiting("17-abc", 50.0, "Q", 0.0)
+    server = Server(Acquire=waiting, Leave=("Q", 2.0), Attempts=0, Attendance="no worker is there", ring=False)
+    with pytest.raises(WaitTimeout, match=r"QUEUED for 2\.0 s \(no worker is there\)"):
+        ask(server, wait_timeout=3)
+    (asked,) = [effect for effect in server.asked if isinstance(effect, Attendance)]
+    assert asked.since == 1.0
 
 
 def test_time_out_that_nobody_hears_of() -> None:

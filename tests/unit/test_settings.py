@@ -99,6 +99,76 @@ def test_misspelt_with_a_namespace(name: str) -> None:
         client_for(app)
 
 
+@pytest.mark.parametrize(
+    ("settings", "namespace", "name"),
+    [
+        ({"CELERY_MEMOLOCK_LEASE": -1}, "CELERY", "CELERY_MEMOLOCK_LEASE"),
+        ({"celery_memolock_lease": -1}, "celery", "celery_memolock_lease"),
+        ({"memolock_lease": -1, "broker_url": "memory://"}, None, "memolock_lease"),
+        ({"MEMOLOCK_LEASE": -1, "BROKER_URL": "memory://"}, None, "MEMOLOCK_LEASE"),
+    ],
+)
+def test_wrong_value(settings: dict[str, Any], namespace: str | None, name: str) -> None:
+    """It is refused by the setting's name as it was written."""
+    app = new()
+    app.config_from_object(SimpleNamespace(**settings), namespace=namespace)
+    text = f"^{name} in the Celery configuration: memolock option lease=-1: must be more than 0"
+    with pytest.raises(OptionError, match=text):
+        defaults_of(app)
+    with pytest.raises(OptionError, match=text):  # also where no server is named, as that may be why
+        client_for(app)
+
+
+@pytest.mark.parametrize(
+    ("namespace", "name"),
+    [("CELERY", "CELERY_MEMOLOCK_REDIS_URL"), ("celery", "celery_memolock_redis_url"), (None, "memolock_redis_url")],
+)
+def test_no_server_is_named(namespace: str | None, name: str) -> None:
+    """The error has the setting's name as this app would spell it, and what was found in its stead."""
+    app = new()
+    broker = {"CELERY": "CELERY_BROKER_URL", "celery": "celery_broker_url", None: "broker_url"}[namespace]
+    app.config_from_object(SimpleNamespace(**{broker: "amqp://u:s3cret@h:1//"}), namespace=namespace)
+    found = r"broker_url is 'amqp://\*\*\*@h:1//'\) .*result_backend is not set\)"
+    with pytest.raises(ConfigurationError, match=f"has no Redis for .*: set {name} in its configuration .*{found}"):
+        client_for(app)
+
+
+LOG_INS = {
+    "redis//:s3cret@host:1/0": "redis//***@host:1/0",
+    "redis//:s3cr;et,w/o@r'd#@host:1/0": "redis//***@host:1/0",
+    "u5er:s3cret@host": "***@host",
+    "amqp://u5er:s3cr;e,t/w@rd@host:1//": "amqp://***@host:1//",
+    "amqp://u5er:s3cr'e\"t@host:1//": "amqp://***@host:1//",
+    "amqp://u5er:s3cr?et@host:1//": "amqp://***",
+    "amqp://u5er:s3cr\n@host:1//": "amqp://***@host:1//",
+    "amqp://u5er:s3cret@host:1//;amqp://u5er:s3cret@other//": "amqp://***@other//",
+    "db+postgresql://u5er:s3'cr@host/db": "db+postgresql://***@host/db",
+    "amqp://host:1//?password=s3cret": "amqp://host:1//",
+    "amqp://host:1//?password=s3cr@et": "amqp://***",
+    "amqp://u5er:s3cr@host:1//?password=s3cr@et": "amqp://***",
+    "amqp://host:1//": "amqp://host:1//",
+}
+
+
+@pytest.mark.parametrize("url", LOG_INS)
+@pytest.mark.parametrize("setting", ["broker_url", "result_backend"])
+def test_no_server_is_named_and_no_password_either(setting: str, url: str) -> None:
+    """Whatever stands there, even where it is no URL, is shown without user and password."""
+    app = new(**{"broker": "memory://", setting: url})
+    with pytest.raises(ConfigurationError, match="has no Redis") as caught:
+        client_for(app)
+    assert f"({setting} is {LOG_INS[url]!r})" in str(caught.value)
+    assert not any(part in str(caught.value) for part in ("s3", "cr", "u5er", "password"))
+
+
+def test_the_first_of_several() -> None:
+    """Of a list it is what memolock would take."""
+    app = new(broker=["amqp://u5er:s3cret@one//", "amqp://u5er:s3cret@two//"])
+    with pytest.raises(ConfigurationError, match=r"broker_url is 'amqp://\*\*\*@one//'") as caught:
+        client_for(app)
+    assert "s3cret" not in str(caught.value)
+
+
 def stock(key: str) -> str:
     return key
 

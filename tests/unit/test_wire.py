@@ -16,7 +16,7 @@ from celery_memolock.effects import Defer, Done, Run, Script, Skip, Waiting, Won
 from celery_memolock.keys import Keys, TagKeys
 from celery_memolock.options import Options
 from celery_memolock.protocol import Place
-from celery_memolock.wire import arguments, load, parse_notice, reply, script_of
+from celery_memolock.wire import answer, arguments, command, load, parse_notice, reply, script_of
 
 KEYS = Keys.of("memolock", "f:1:abc")
 RUN = Run("17-abc", 1)
@@ -95,6 +95,22 @@ def test_script_is_cached_by_its_text() -> None:
 def test_replies(effect: Script, raw: Any, expected: Any) -> None:
     """Each answer of a script becomes the reply that its effect promises."""
     assert reply(effect, raw) == expected
+
+
+@pytest.mark.parametrize(
+    ("fence", "raw", "attempts"),
+    [
+        ("17-abc", [b"17-abc", b"2"], 2),
+        ("", [b"17-abc", b"1"], 1),
+        ("17-abc", [b"18-def", b"1"], 0),
+        ("", [None] * 2, 0),
+    ],
+)
+def test_attempts(fence: str, raw: Any, attempts: int) -> None:
+    """Only those of the flight that was asked about count."""
+    query = effects.Attempts(KEYS, fence)
+    assert command(query) == ("HMGET", KEYS.all[1], "fence", "attempt")
+    assert answer(query, raw) == attempts
 
 
 def test_unknown_reply() -> None:

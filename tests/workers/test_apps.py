@@ -163,6 +163,7 @@ def test_no_server_named(script: Callable[..., str]) -> None:
     assert told.startswith("ConfigurationError: memolock has no Redis")
     assert "memolock_redis_url" in told
     assert "MEMOLOCK_REDIS_URL" in told
+    assert "(broker_url is 'amqp://127.0.0.1:1')" in told
 
 
 def test_a_wrong_server_named(script: Callable[..., str]) -> None:
@@ -354,11 +355,14 @@ def test_command_line(server: Server, prefix: str, key: str, forks: Forks) -> No
     commands = [["memolock", "peek", *arguments]]  # the others load the app
     commands += [[*ours, command, *arguments] for command in ("invalidate", "peek", "refresh")]
     commands += [[*ours, "peek", "shop.nope"], [*ours, "peek", "shop.stock", "--args", "["]]
+    commands += [[*ours, "peek", "shop.stock", *wrong] for wrong in (["-a", '"q1"'], ["-k", "[1]"], ["-a", '{"q": 1}'])]
     done = forks.run(COMMANDS, json.dumps(commands), folder=ROOT, environment=environment)
-    no_app, dropped, gone, started, unknown, malformed = json.loads(done.stdout.splitlines()[-1])
+    no_app, dropped, gone, started, unknown, malformed, *misshapen = json.loads(done.stdout.splitlines()[-1])
     assert dropped.strip() == "dropped"
     assert "no value is stored" in gone
     assert "started" in started
     assert "shop.stock" in unknown
     assert "no JSON" in malformed
+    for each in misshapen:
+        assert """Error: --args takes a JSON list, as '["q1"]', and --kwargs an object, as '{"n": 1}'""" in each
     assert "name the app" in no_app

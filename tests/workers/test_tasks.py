@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from celery import chain, group
 
-from celery_memolock import MISS, ArgumentError, FlightFailed, ReentrantFlight, WaitTimeout, memolocked_task
+from celery_memolock import MISS, ArgumentError, FlightFailed, ReentrantFlight, WaitTimeout, bounded, memolocked_task
 from celery_memolock.server import Server
 from celery_memolock.testing import Link
 from tests.workers.conftest import in_a_process, in_background, until
@@ -121,8 +121,21 @@ def test_unknown_task(any_shop: AnyShop, key: str) -> None:
     def unknown(key: str) -> str:
         return key
 
-    with pytest.raises(FlightFailed, match="not registered on worker"):
+    with pytest.raises(FlightFailed, match=r"not registered on worker \S+ \(are its modules"):
         unknown.get_cached(key)
+
+
+def test_a_task_of_another_module_name(any_shop: AnyShop, key: str) -> None:
+    """Where the worker has a task that differs from it only in its module's name, that one is named with the cure."""
+    made, *_ = any_shop
+
+    @memolocked_task(app=made.app, ttl=5, name=f"{key}.stock")
+    def stock(key: str) -> str:
+        return key
+
+    text = rf"task '{key}\.stock' is not registered on worker \S+, which has 'shop\.stock' \(.* give them name="
+    with pytest.raises(FlightFailed, match=text):
+        stock.get_cached(key)
 
 
 def test_time_out_while_running(any_shop: AnyShop, key: str) -> None:
@@ -154,18 +167,35 @@ def test_time_out_in_the_queue(request: Any, server: Server, prefix: str, key: s
     """Without a worker the time-out says that the message is QUEUED, and that nobody was found who consumes it."""
     url = server.url if broker == "redis" else request.getfixturevalue("amqp")
     made = make(url, server.url, prefix)
-    text = "no worker of queue '{}' answered" if broker == "redis" else "no worker consumes queue '{}'"
+    text = "no worker of queue '{}' at redis://" if broker == "redis" else "no worker consumes queue '{}' at amqp://"
     timed_out(made.stock.with_options(wait_timeout=0.5).get_cached, key, about=text.format(prefix))
 
 
+def test_time_out_after_a_worker_came(
+    server: Server, prefix: str, key: str, start_worker: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was found before a worker came is told of no flight that began later."""
+    monkeypatch.setattr(bounded, "_RECENT", 60.0)
+    made = make(server.url, server.url, prefix)
+    impatient = made.stock.with_options(wait_timeout=0.5)
+    timed_out(impatient.get_cached, f"{key} early", about="no worker of queue")
+    start_worker(server.url, server.url, "--concurrency", "1", prefix=prefix)
+    runner = in_background(made.gated.get_cached, key)
+    made.await_start(key)
+    timed_out(impatient.get_cached, f"{key} late", about="and answers: busy")
+    made.open_gate(key)
+    assert runner.result(30) == "open"
+
+
 def test_time_out_while_the_workers_are_busy(any_shop: AnyShop, key: str) -> None:
-    """The time-out says that there are workers, and not that nobody took what waits for its retry.
+    """The time-out says that there are workers, and of what waits for its retry that one took it.
 
     Of a queue that none of them consumes it says so.
     """
     made, broker, store = any_shop
     amqp, queue = broker.startswith("amqp"), made.app.conf.task_default_queue
-    busy = f"workers that consume queue '{queue}': 1, busy" if amqp else f"consumes queue '{queue}', and answers: busy"
+    which = f"queue '{queue}' at {'amqp' if amqp else 'redis'}://\\S+"
+    busy = f"workers that consume {which}: 1, busy" if amqp else f"consumes {which}, and answers: busy"
     runners = [in_background(made.gated.get_cached, f"{key} {number}") for number in range(4)]
     for number in range(4):
         made.await_start(f"{key} {number}")
@@ -178,7 +208,7 @@ def test_time_out_while_the_workers_are_busy(any_shop: AnyShop, key: str) -> Non
     assert made.sourced.refresh(key, "retry late")
     until(lambda: made.ran(key) == 2)  # the first run
     impatient = made.sourced.with_options(wait_timeout=0.2)
-    timed_out(impatient.get_cached, key, "retry late", about=f"{busy}, or a retry waits for its time")
+    timed_out(impatient.get_cached, key, "retry late", about="QUEUED for .* \\(a worker took it and asked for a retry")
 
     elsewhere = make(broker, store, queue, task_routes={"shop.plain": {"queue": f"{queue}-other"}})
     plain = replace(elsewhere, driver=made.driver).plain.with_options(wait_timeout=0.5)
