@@ -230,7 +230,7 @@ def check_formats(options: Options) -> None:
         except SerializerNotInstalled as error:  # kombu knows it, and lacks the package that does it
             ours = "pip install 'celery-memolock[msgpack]' brings what it needs"
             cure = ours if "msgpack" in str(error) else error
-            raise OptionError(f"memolock option {name}={given!r}: {cure}") from None
+            raise OptionError(f"memolock option {name}={getattr(options, name)!r}: {cure}") from None
         except KeyError as error:
             known = ", ".join(sorted(registry.name_to_type))
             raise OptionError(

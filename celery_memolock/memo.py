@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
@@ -16,7 +17,7 @@ from typing_extensions import ParamSpec
 from . import protocol
 from .aio import AsyncDriver, adrive
 from .codec import Entry
-from .effects import MISS, CachedEntry, Call, Computing, Core, Missing, Onward, Uncached, drive
+from .effects import MISS, CachedEntry, Call, Computing, Core, Missing, Onward, Ticket, Uncached, drive
 from .errors import ConfigurationError, MemoLockError, OptionError, StoreUnavailable
 from .keys import TagKeys
 from .local import MISSING, Local
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from .options import Options
     from .rooms import Rooms
 
-__all__ = ["CallerMethods", "Memo", "computing", "remembered"]
+__all__ = ["CallerMethods", "Memo", "computes", "computing", "remembered"]
 
 logger = logging.getLogger("celery_memolock")
 P = ParamSpec("P")
@@ -43,6 +44,16 @@ T = TypeVar("T")
 
 #: What is being computed in this context, outermost first.
 computing: ContextVar[tuple[Computing, ...]] = ContextVar("celery_memolock_computing", default=())
+
+
+@contextmanager
+def computes(ticket: Ticket) -> Iterator[None]:
+    """Refuse calls within that ask for the key of a flight, or for one that the flight is part of computing."""
+    outside = computing.set((*ticket.chain, Computing(ticket.keys.entry)))
+    try:
+        yield
+    finally:
+        computing.reset(outside)
 
 
 def remembered(make: Callable[..., T]) -> Callable[..., T]:

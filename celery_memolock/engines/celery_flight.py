@@ -26,11 +26,11 @@ from kombu.exceptions import EncodeError as KombuEncodeError
 from ..aio import InThreads
 from ..bounded import TooSlow, within
 from ..codec import pack_error
-from ..effects import Computing, Defer, Disown, Finished, GoesOn, Interrupted, Raised, Returned, Ticket
+from ..effects import Defer, Disown, Finished, GoesOn, Interrupted, Raised, Returned, Ticket
 from ..errors import ArgumentError, DispatchError, FlightFailed, MemoLockError, StoreUnavailable
 from ..flight import Flight, grounded
 from ..keys import is_of_task
-from ..memo import computing
+from ..memo import computes
 from ..store import Store
 from ..work import Outcome, Work, as_wanted, holder_of, read_ticket, unsendable, write_ticket
 from .celery_beat import HEADER, is_refresh, note_run, run_refresh
@@ -121,16 +121,14 @@ class CeleryEngine(InThreads):
     def run_here(self, ticket: Ticket | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a flight, or without a ticket the bare task, in this thread; see `Engine.run_here`."""
         here = _run_here.set(task_id := uuid())
-        headers, chain = None, computing.get()
-        if ticket is not None:
-            headers = self._headers(ticket, task_id)
-            chain = (*ticket.chain, Computing(ticket.keys.entry))  # for the class's hooks, which come before the run
-        within_chain = computing.set(chain)
+        headers = None if ticket is None else self._headers(ticket, task_id)
+        # A class's hooks come before the run, and may ask for its key as little as that.
+        hooks: AbstractContextManager[None] = nullcontext() if ticket is None else computes(ticket)
         try:
-            # Not even with `task_eager_propagates`: that would end a retry, too.
-            result = self._task.apply(args, dict(kwargs), headers=headers, task_id=task_id, throw=False)
+            with hooks:
+                # Not even with `task_eager_propagates`: that would end a retry, too.
+                result = self._task.apply(args, dict(kwargs), headers=headers, task_id=task_id, throw=False)
         finally:
-            computing.reset(within_chain)
             _run_here.reset(here)
         if ticket is None:
             return result.get(disable_sync_subtasks=False)
