@@ -40,7 +40,16 @@ class ArgumentError(MemoLockError, TypeError):
 
 
 class StoreUnavailable(MemoLockError, ConnectionError):
-    """Redis cannot be reached, or refused the command; the message names its address without the password."""
+    """Redis cannot be reached, or refused the command; the message names its address without the password.
+
+    Attributes:
+        refused: whether it is there and turns this user away, or has no such database: to try again is in vain until
+            somebody changes the settings of one of the two.
+    """
+
+    def __init__(self, message: str = "", refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
 
 
 class DispatchError(MemoLockError):

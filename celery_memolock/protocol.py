@@ -887,14 +887,17 @@ def _keep_and_park(call: Call, ttl: float) -> tuple[float, float, bool]:
 
 
 def _patiently(effect: Script, patience: float, clock: Callable[[], float]) -> Core[Any]:
-    """Try again while the server is away: after `patience` seconds the lease is over and others take over."""
+    """Try again while the server is away: after `patience` seconds the lease is over and others take over.
+
+    Where it turns this process away there is nothing to wait for.
+    """
     deadline = clock() + patience
     delay = 0.1
     while True:
         try:
             return (yield effect)
-        except StoreUnavailable:
-            if clock() + delay >= deadline:
+        except StoreUnavailable as error:
+            if error.refused or clock() + delay >= deadline:
                 raise
         yield Pause(delay)
         delay = min(2 * delay, 1.0)

@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import redis
 from kombu.utils.imports import symbol_by_name
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoPermissionError, NoScriptError
 from redis.retry import Retry
 from redis.sentinel import SentinelManagedConnection
 
@@ -395,7 +395,11 @@ class _Troubles:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if not isinstance(error, redis.RedisError | OSError | Busy):
             return
-        raise StoreUnavailable(f"Redis at {self._address} {_trouble(error)}") from error
+        raise StoreUnavailable(f"Redis at {self._address} {_trouble(error)}", _is_refusal(error)) from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    return isinstance(error, redis.AuthenticationError | NoPermissionError) or str(error).startswith("DB index is out")
 
 
 def _trouble(error: Exception) -> str:

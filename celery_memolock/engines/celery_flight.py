@@ -35,7 +35,7 @@ from ..store import Store
 from ..work import Outcome, Work, as_wanted, holder_of, read_ticket, unsendable, write_ticket
 from .celery_beat import HEADER, is_refresh, note_run, run_refresh
 from .celery_queues import attendance
-from .celery_settings import store_at, store_of
+from .celery_settings import store_of, tell
 
 __all__ = ["CeleryEngine", "FlightMessage", "is_run_here", "message_of", "ticket_in", "with_flights"]
 
@@ -387,6 +387,8 @@ class FlightMessage:
         try:
             done = work.do(body)
         except StoreUnavailable as error:  # before the run: what comes after it is in what `do` returns
+            if error.refused:
+                raise
             logger.warning("memolock puts the message of key %s back: %s", self._ticket.keys.tag, error)
             self._send_again(_PUT_BACK)
             raise Ignore from None
@@ -535,8 +537,7 @@ def tell_failure(task: Any, ticket: Ticket, holder: str, error: Exception | None
                 ttl = as_wanted(task.memo, ticket).options.error_ttl_of(error)
             except (AttributeError, MemoLockError):
                 pass  # that this worker has no options of the task, or wrong ones, may be what is told
-        with store_at(task.app, ticket.server) as store:
-            return bool(store.run(Disown(ticket.keys, ticket.fence, holder, outcome, 30.0, ttl)))
+        return bool(tell(task.app, ticket.server, Disown(ticket.keys, ticket.fence, holder, outcome, 30.0, ttl)))
     except MemoLockError as trouble:
         logger.error("memolock leaves those who wait for key %s to their time-outs: %s", ticket.keys.tag, trouble)
     return False
@@ -562,8 +563,7 @@ def _tell_of_message(consumer: Any, message: Any, text: str) -> None:
         return
     error = FlightFailed(f"{text} (are its modules and its configuration those of its callers?)")
     try:
-        with store_at(consumer.app, ticket.server) as store:
-            store.run(Disown(ticket.keys, ticket.fence, "", pack_error(error), 30.0))
+        tell(consumer.app, ticket.server, Disown(ticket.keys, ticket.fence, "", pack_error(error), 30.0))
     except MemoLockError as failed:
         logger.warning("memolock could not tell that %s: %s", text, failed)
 

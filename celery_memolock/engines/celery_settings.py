@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import fields
 from functools import partial
 from typing import Any, Final
@@ -15,11 +14,12 @@ from celery.app.defaults import DEFAULTS
 from kombu.transport import virtual
 
 from .. import environment
-from ..errors import ConfigurationError, OptionError
+from ..effects import Disown
+from ..errors import ConfigurationError, OptionError, StoreUnavailable
 from ..options import OF_A_TASK, Options, checked
 from ..store import NO_SENTINEL, Store, Stores, client_in_environment, client_of, first_url, tried, usable
 
-__all__ = ["client_for", "defaults_of", "store_at", "store_of"]
+__all__ = ["client_for", "defaults_of", "store_of", "tell"]
 
 #: The options that an app may have defaults of.
 _DEFAULTABLE: Final = frozenset(f.name for f in fields(Options)) - {*OF_A_TASK}
@@ -39,25 +39,27 @@ def store_of(app: Any) -> Store:
     return _stores.of(app, _make_store)
 
 
-@contextmanager
-def store_at(app: Any, address: str) -> Iterator[Store]:
-    """Have an app's server, or, where what it names for one cannot be used, the one at an address if it knows that.
+def tell(app: Any, address: str, disown: Disown) -> Any:
+    """Tell an app's server what became of a flight.
+
+    Where that cannot be used, or turns the app away, it is told the one at an address, if that is the app's broker or
+    result backend: there those who wait for the flight listen.
 
     Raises:
         ConfigurationError: as `store_of` does.
+        StoreUnavailable: it cannot be reached.
     """
     try:
-        yield store_of(app)
-        return
-    except ConfigurationError:
+        return store_of(app).run(disown)
+    except (ConfigurationError, StoreUnavailable) as error:
+        if isinstance(error, StoreUnavailable) and not error.refused:
+            raise
         client = _of_the_broker(app) or _of_the_backend(app)
         store = None if client is None else Store(client, "memolock")
         if store is None or store.address != address:
             raise
-    try:
-        yield store
-    finally:
-        store.close()
+    with closing(store):
+        return store.run(disown)
 
 
 def _make_store(app: Any) -> Store:

@@ -487,4 +487,5 @@ if "SHOP_BROKER" in os.environ:
     )
     app = shop.app
     if "SHOP_MISSPELT" in os.environ:
-        app.conf[os.environ["SHOP_MISSPELT"]] = 5
+        name, _, value = os.environ["SHOP_MISSPELT"].partition("=")
+        app.conf[name] = value or 5

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import redis
 from celery import signals
 
-from celery_memolock import FlightFailed, OptionError
+from celery_memolock import FlightFailed, OptionError, StoreUnavailable
 from celery_memolock.server import Server
 from tests.workers.conftest import in_background, until
 from tests.workers.shop import WAYS_OUT, Shop, Sold, make
@@ -169,6 +170,21 @@ def test_wrong_option_in_the_worker_alone(
     """A worker whose own configuration is wrong tells those who wait, by the error that it has itself."""
     made, _ = start_worker(server.url, server.url, misspelt=name)
     with pytest.raises(Exception, match=name):
+        made.stock.get_cached(key)
+
+
+@pytest.mark.parametrize(
+    ("user", "path", "why"), [("", "/99", "DB index is out of range"), ("nobody:pw@", "/0", "No permissions")]
+)
+def test_worker_that_its_server_turns_away(
+    own_server: Server, start_worker: Callable[..., Any], key: str, user: str, path: str, why: str
+) -> None:
+    """A worker whose server has no such user's rights, or database, tells those who wait."""
+    client = redis.Redis.from_url(own_server.url)
+    client.execute_command("ACL", "SETUSER", "nobody", "on", ">pw", "~nothing", "+@all")
+    url = own_server.url.replace("://", f"://{user}").removesuffix("/0") + path
+    made, _ = start_worker(own_server.url, own_server.url, "--concurrency", "1", misspelt=f"memolock_redis_url={url}")
+    with pytest.raises(StoreUnavailable, match=why):
         made.stock.get_cached(key)
 
 
