@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from contextvars import copy_context
 from typing import Any, Final
 
+from .errors import text_of
+
 __all__ = ["LAST", "Asides", "TooSlow", "aside", "end_asides", "inquire", "log_failure", "within"]
 
 logger = logging.getLogger("celery_memolock")
@@ -174,7 +176,7 @@ def inquire(owner: Any, about: str, ask: Callable[[ExitStack], str]) -> Future[s
 
 def log_failure(error: BaseException) -> None:
     """Say what came of something that nobody waited for."""
-    logger.warning("memolock failed at a refresh in the background: %s", error)
+    logger.warning("memolock failed at a refresh in the background: %s", text_of(error))
 
 
 class Asides:
