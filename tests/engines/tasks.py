@@ -52,6 +52,13 @@ class Askew(SyntaxError):
         self.filename, self.lineno, self.offset, self.text = 3, "x", "k", 5  # type: ignore[assignment]
 
 
+@dataclass(frozen=True)
+class Frozen(Exception):
+    """One to which nothing can be written, be it a traceback."""
+
+    code: str
+
+
 @dataclass
 class Stock:
     """A value of a type of its own."""
@@ -61,7 +68,7 @@ class Stock:
 
 
 #: What the runs of `odd` raise.
-ODD: dict[str, type[Exception]] = {"arguments": Untold, "text": Silent, "line": Askew}
+ODD: dict[str, type[Exception]] = {"arguments": Untold, "text": Silent, "line": Askew, "frozen": Frozen}
 
 
 @dataclass

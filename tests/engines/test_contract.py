@@ -495,3 +495,13 @@ def test_still_a_function(shop: Asked, key: str) -> None:
     assert [task(key), task(key)] == [[key, "stock"]] * 2
     assert shop.ran(key) == 2
     assert shop.stock.peek(key) is MISS
+
+
+def test_error_of_a_plain_call(shop: Asked, key: str) -> None:
+    """It comes out as it is, also if nothing can be written to it."""
+    key = f"frozen {key}"
+    task = shop.place.tasks["odd"]
+    task = task.__wrapped__ if shop.place.engine == "inline" else task
+    shop.open_gate(key)
+    with pytest.raises(ODD["frozen"]):
+        task(key)
