@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from contextvars import copy_context
 from typing import Any, Final
 
+from .errors import text_of
+
 __all__ = ["LAST", "Asides", "TooSlow", "aside", "end_asides", "inquire", "log_failure", "not_before", "within"]
 
 logger = logging.getLogger("celery_memolock")
@@ -202,7 +204,7 @@ def not_before(moment: float, ask: Callable[[], Future[str] | None]) -> Future[s
 
 def log_failure(error: BaseException) -> None:
     """Say what came of something that nobody waited for."""
-    logger.warning("memolock failed at a refresh in the background: %s", error)
+    logger.warning("memolock failed at a refresh in the background: %s", text_of(error))
 
 
 class Asides:

@@ -11,6 +11,7 @@ only the server knows fence and time; we write the rest. An entry is one Redis s
 from __future__ import annotations
 
 import bz2
+import contextlib
 import importlib
 import json
 import lzma
@@ -29,7 +30,7 @@ from kombu.exceptions import SerializerNotInstalled
 from kombu.serialization import registry  # type: ignore[attr-defined]  # the stubs lack it
 from kombu.utils import json as kombu_json
 
-from .errors import DecodeError, EncodeError, OptionError, RemoteTraceback, TaskFailed, ValueTooLarge
+from .errors import DecodeError, EncodeError, OptionError, RemoteTraceback, TaskFailed, ValueTooLarge, text_of
 
 if TYPE_CHECKING:
     from .options import Options
@@ -162,7 +163,7 @@ class Codec:
         except Exception as error:
             raise EncodeError(
                 f"the value of task {self._task!r}, a {type(value).__qualname__}, cannot be encoded "
-                f"by serializer {self._serializer!r}: {error}"
+                f"by serializer {self._serializer!r}: {text_of(error)}"
             ) from error
         body = data.encode("utf-8") if isinstance(data, str) else bytes(data)
         if len(body) > self._cap:
@@ -205,7 +206,7 @@ class Codec:
                 value = serialization.loads(body, content_type, encoding, accept=self._accept)
             return value if self._shape is None else self._shape.value(value)
         except Exception as error:
-            raise DecodeError(f"a stored value of task {self._task!r} cannot be decoded: {error}") from error
+            raise DecodeError(f"a stored value of task {self._task!r} cannot be decoded: {text_of(error)}") from error
 
     def _foreign(self, content_type: str) -> DecodeError:
         there = content_type.endswith(_TYPED)
@@ -298,14 +299,15 @@ def _decompress(data: bytes, compression: str, most: int, task: str) -> bytes:
 
 
 def pack_error(error: BaseException) -> Packed:
-    """Describe an exception so that a caller in another process can raise its like. Never fails."""
+    """Describe an exception so that a caller in another process can raise its like, whatever its class does."""
     cls = type(error)
-    text = "".join(traceback.format_exception(cls, error, error.__traceback__))
+    name, message = f"{cls.__module__}:{cls.__qualname__}", text_of(error)[:_LONGEST_MESSAGE]
     record: dict[str, Any] = {
-        "type": f"{cls.__module__}:{cls.__qualname__}",
-        "message": _text(error)[:_LONGEST_MESSAGE],
-        "traceback": text[-_LONGEST_TRACEBACK:],
-        "args": list(error.args),
+        "type": name,
+        "message": message,
+        "traceback": (_traceback(error) or f"{name}: {message}\n")[-_LONGEST_TRACEBACK:],
+        # The base's own, as pickle takes them: a class may mean something else by that name.
+        "args": list(vars(BaseException)["args"].__get__(error)),
     }
     try:
         _, _, body = serialization.dumps(record, serializer="json")
@@ -315,6 +317,16 @@ def pack_error(error: BaseException) -> Packed:
         record["args"] = None
         _, _, body = serialization.dumps(record, serializer="json")
     return Packed("application/json utf-8 - =", body.encode("utf-8") if isinstance(body, str) else body)
+
+
+def _traceback(error: BaseException) -> str:
+    """Return the traceback as text, or as much as can be had: `traceback` trusts what a class may have overridden."""
+    with contextlib.suppress(Exception):
+        return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    with contextlib.suppress(Exception):
+        where = "".join(traceback.format_tb(error.__traceback__))
+        return f"{where}{type(error).__qualname__}: {text_of(error)}\n"
+    return ""
 
 
 def unpack_error(entry: Entry) -> Exception:
@@ -332,14 +344,14 @@ def unpack_error(entry: Entry) -> Exception:
         remote = RemoteTraceback(str(record["traceback"]))
     except Exception as error:
         raise DecodeError("a stored error cannot be decoded") from error
-    rebuilt = _rebuild(type_name, args)
-    if rebuilt is None or _text(rebuilt)[:_LONGEST_MESSAGE] != message:
+    rebuilt = _rebuild(type_name, args, remote)
+    if rebuilt is None or text_of(rebuilt)[:_LONGEST_MESSAGE] != message:
         rebuilt = TaskFailed(type_name, message)
-    rebuilt.__cause__ = remote
+        rebuilt.__cause__ = remote
     return rebuilt
 
 
-def _rebuild(type_name: str, args: object) -> Exception | None:
+def _rebuild(type_name: str, args: object, cause: Exception) -> Exception | None:
     module_name, _, qualname = type_name.partition(":")
     cls: Any = sys.modules.get(module_name)
     for part in qualname.split("."):
@@ -349,13 +361,8 @@ def _rebuild(type_name: str, args: object) -> Exception | None:
     if issubclass(cls, StopIteration | StopAsyncIteration):
         return None  # it would end the generators and coroutines that it passes through
     try:
-        return cls(*args)
+        made = cls(*args)
+        BaseException.__setattr__(made, "__cause__", cause)  # that of a frozen dataclass refuses
+        return made if isinstance(made, Exception) else None
     except Exception:  # its constructor wants something else: it cannot be rebuilt
         return None
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # a broken __str__ must not hide that there was an error
-        return "<unprintable>"

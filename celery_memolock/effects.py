@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from .codec import Codec, Entry, Packed
-from .errors import ArgumentError, MemoLockError, ReentrantFlight
+from .errors import ArgumentError, MemoLockError, ReentrantFlight, text_of
 from .keys import Keys, TagKeys
 from .local import Local
 from .options import Options
@@ -212,7 +212,7 @@ class Call:
                 names: Iterable[str] = tags(*args, **kwargs)
                 tags = (names,) if isinstance(names, str) else tuple(names)
             except Exception as error:
-                raise ArgumentError(f"the function tags of task {self.task!r} failed: {error}") from error
+                raise ArgumentError(f"the function tags of task {self.task!r} failed: {text_of(error)}") from error
         return TagKeys.of(self.options.prefix, self.task, tags) if tags else None
 
     def refuse_to_wait_for_itself(self) -> None:

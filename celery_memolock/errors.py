@@ -1,4 +1,4 @@
-"""Everything celery_memolock raises of its own accord, under one root."""
+"""Everything celery_memolock raises of its own accord, under one root; and the text of what others raise."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = [
     "TaskFailed",
     "ValueTooLarge",
     "WaitTimeout",
+    "text_of",
 ]
 
 
@@ -149,3 +150,11 @@ class RemoteTraceback(Exception):
 
     def __str__(self) -> str:
         return f"\n{self.text}"
+
+
+def text_of(error: BaseException) -> str:
+    """Return an exception's text, whatever its class does: to tell of one error must not end in another."""
+    try:
+        return str.__str__(str(error))  # plain text, of whatever subclass it is
+    except BaseException:  # whatever that was, it is not what ended the run; `traceback` does the same
+        return f"<unprintable {type(error).__name__}>"

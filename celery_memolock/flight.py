@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, Final, cast
@@ -210,14 +209,14 @@ _NOWHERE = Flight()
 flying: ContextVar[Flight] = ContextVar("celery_memolock_flight", default=_NOWHERE)
 
 
-@contextmanager
-def grounded() -> Iterator[None]:
+class grounded:  # contextlib's would write to an error that passes, and a frozen dataclass refuses
     """Let `current_flight` be false within: what runs there is no flight, though a flight may have called it."""
-    here = flying.set(_NOWHERE)
-    try:
-        yield
-    finally:
-        flying.reset(here)
+
+    def __enter__(self) -> None:
+        self._here = flying.set(_NOWHERE)
+
+    def __exit__(self, *_: object) -> None:
+        flying.reset(self._here)
 
 
 class _Current:

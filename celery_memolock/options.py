@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import timedelta
 from typing import Any, Literal
 
-from .errors import OptionError
+from .errors import OptionError, text_of
 
 __all__ = [
     "CALLER_OPTIONS",
@@ -308,7 +308,8 @@ class Options:
 
     def error_ttl_of(self, error: BaseException) -> float:
         """How long, in seconds, new callers get this error instead of a new run."""
-        ttl = next((ttl for kind, ttl in self.cache_errors.items() if isinstance(error, kind)), self.error_ttl)
+        kinds = type(error).__mro__  # as an except clause does: no class of the user's has a say
+        ttl = next((ttl for kind, ttl in self.cache_errors.items() if kind in kinds), self.error_ttl)
         return max(ttl, _LEAST_BACKOFF) if self.stale_if_error else ttl
 
     @classmethod
@@ -450,8 +451,8 @@ def _asked(name: str, function: Callable[[Any], Any], value: Any) -> Any:
     try:
         return function(value)
     except Exception as error:
-        kind = type(value).__qualname__
-        raise OptionError(f"memolock option {name}: its function failed for a {kind}: {error!r}") from error
+        kind, why = type(value).__qualname__, f"{type(error).__name__}: {text_of(error)}"
+        raise OptionError(f"memolock option {name}: its function failed for a {kind}: {why}") from error
 
 
 def _known(given: Iterable[str], allowed: Iterable[str]) -> None:

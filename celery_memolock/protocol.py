@@ -76,6 +76,7 @@ from .errors import (
     StoreUnavailable,
     ValueTooLarge,
     WaitTimeout,
+    text_of,
 )
 from .keys import Keys, TagKeys, pattern
 from .options import Options, Progress
@@ -644,7 +645,7 @@ def _dispatch(
     except Exception as error:
         # The flight fails for all its waiters; were they to try in turn, each would wait for the broker.
         ttl = call.options.error_ttl_of(error)
-        yield Settle(call.keys, Run(fence, 0), "E", pack_error(error), ttl, ttl, call.park)
+        yield Settle(call.keys, run or Run(fence, 0), "E", pack_error(error), ttl, ttl, call.park)
         raise
     if inline:
         return own  # type: ignore[no-any-return]
@@ -797,12 +798,17 @@ def compute(
     if isinstance(outcome, GoesOn):
         return Finished(None)
     if isinstance(outcome, Interrupted):
-        try:
-            yield Requeue(ticket.keys, run, retries, 0.0)
-        except StoreUnavailable:
-            pass  # then others take over when the lease has passed
+        yield from _unless_away(Requeue(ticket.keys, run, retries, 0.0))
         raise outcome.by
-    settle, refused = _settlement(call, ticket, run, outcome)
+    try:
+        settle, refused = _settlement(call, ticket, run, outcome)
+    except (KeyboardInterrupt, SystemExit):  # the process ends, and not only the run
+        yield from _unless_away(Requeue(ticket.keys, run, retries, 0.0))
+        raise
+    except BaseException as error:  # such as gevent's Timeout, in a function among the options
+        text = f"what task {call.task!r} came to could not be settled: {type(error).__name__}: {text_of(error)}"
+        yield from _unless_away(_settlement(call, ticket, run, Raised(FlightFailed(text)))[0])
+        raise
     try:
         if index is not None and settle.kind == "V" and settle.keep:
             if index.keeps(0.0):
@@ -875,10 +881,22 @@ def _settlement(
             return Settle(ticket.keys, run, "V", packed, ttl, *_keep_and_park(call, ttl)), None
         except (EncodeError, OptionError, ValueTooLarge) as unstorable:
             error = refused = unstorable
+        except Exception as trouble:  # such as an etag that is no UTF-8
+            why = f"{type(trouble).__name__}: {text_of(trouble)}"
+            error = refused = EncodeError(f"the value of task {call.task!r} cannot be stored: {why}")
+            error.__cause__ = trouble
     else:
         error = outcome.error
     ttl = options.error_ttl_of(error)
     return Settle(ticket.keys, run, "E", pack_error(error), ttl, ttl, call.park), refused
+
+
+def _unless_away(effect: Script) -> Core[None]:
+    """Say something last, if the server hears it: else others take over when the lease has passed."""
+    try:
+        yield effect
+    except StoreUnavailable:
+        pass
 
 
 def _keep_and_park(call: Call, ttl: float) -> tuple[float, float, bool]:

@@ -35,7 +35,7 @@ from .effects import (
     drive,
 )
 from .engine import Engine
-from .errors import ArgumentError, MemoLockError, OptionError, StoreUnavailable
+from .errors import ArgumentError, MemoLockError, OptionError, StoreUnavailable, text_of
 from .flight import Flight, flying
 from .keys import FORMAT, Keys, apart, signature_of
 from .memo import Memo, computing
@@ -114,8 +114,8 @@ class Work:
         if isinstance(done, Finished) and done.answer == "AGAIN":
             try:
                 self._again.run(self._again.refresh(*self._call.arguments))
-            except MemoLockError as error:
-                logger.warning("memolock could not start the refresh that was asked for: %s", error)
+            except Exception as error:  # that of a function among the options, too: the run itself is settled
+                _log_again(error)
         return done
 
     async def ado(self, body: Callable[[Flight], Awaitable[Outcome]]) -> Done:
@@ -130,7 +130,7 @@ class Work:
         driver = AsyncDriver(self._engine, body=run)
         done = self._noted(await adrive(self._core, driver))
         if isinstance(done, Finished) and done.answer == "AGAIN":
-            beside(self._again.arun(self._again.refresh(*self._call.arguments)))
+            beside(self._refresh_again())
         return done
 
     def own_answer(self, done: Done) -> Returned | Raised | None:
@@ -169,6 +169,12 @@ class Work:
             self._engine.store.run(Disown(self._ticket.keys, self._ticket.fence, "", None, 0.0))
         else:
             self._engine.store.run(Requeue(self._ticket.keys, run, 0, 0.0))
+
+    async def _refresh_again(self) -> None:
+        try:
+            await self._again.arun(self._again.refresh(*self._call.arguments))
+        except Exception as error:
+            _log_again(error)
 
     @property
     def _again(self) -> Memo[Any, Any]:
@@ -251,6 +257,10 @@ _MANY_STRANGERS: Final = 3
 
 #: Seconds that the search for traces may take.
 _PATIENCE: Final = 1.0
+
+
+def _log_again(error: Exception) -> None:
+    logger.warning("memolock could not start the refresh that was asked for: %s", text_of(error))
 
 
 def _log_report(error: BaseException | None) -> None:
@@ -343,7 +353,9 @@ def unsendable(
             dumps(value)
         except Exception as why:
             kind = type(value).__qualname__
-            return ArgumentError(f"argument {name!r} of {whose}, a {kind}, cannot be sent with {serializer}: {why}")
+            return ArgumentError(
+                f"argument {name!r} of {whose}, a {kind}, cannot be sent with {serializer}: {text_of(why)}"
+            )
     return None
 
 

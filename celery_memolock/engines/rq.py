@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import fields
@@ -31,6 +32,7 @@ from ..errors import (
     MemoLockError,
     OptionError,
     StoreUnavailable,
+    text_of,
 )
 from ..flight import Flight, grounded
 from ..keys import KeyMaker, check_named
@@ -175,7 +177,8 @@ class _RqEngine(InlineRuns, InThreads):
         queue = self._where.queue
         options = dict(self._given)
         retry: rq.Retry | None = options.get("retry")
-        header = {**write_ticket(ticket, self.store.address), "retries": retry.max if retry else 0}
+        options["job_id"] = job_id = str(uuid.uuid4())  # as RQ makes them
+        header = {**write_ticket(ticket, self.store.address), "job": job_id, "retries": retry.max if retry else 0}
         # The callbacks are ours, so that we hear what befalls the job; ours call the user's.
         for name in ("on_failure", "on_stopped", "on_success"):
             theirs: rq.Callback | None = options.pop(name, None)
@@ -219,7 +222,7 @@ class _RqEngine(InlineRuns, InThreads):
             "the serializer of RQ's queue",
             lambda value: serializer.dumps(value),
         )
-        return found or DispatchError(f"RQ did not take the job of {self._path}: {error}")
+        return found or DispatchError(f"RQ did not take the job of {self._path}: {text_of(error)}")
 
 
 def _attendance(queue: rq.Queue) -> str:
@@ -237,8 +240,17 @@ def _attendance(queue: rq.Queue) -> str:
 # ---- a flight's job in a worker --------------------------------------------------------------------------------
 
 
+def _header_of(job: Job) -> Any:
+    """Return what is ours in a job's meta; None if that came with the meta of another job, which a user handed on.
+
+    A ticket without a job's id is of a version before this one, and was sent by a caller who waits for it.
+    """
+    header: Any = (job.meta or {}).get(_META)
+    return None if isinstance(header, Mapping) and header.get("job", job.id) != job.id else header
+
+
 def _ticket_of(job: Job) -> tuple[Ticket, dict[str, Any]] | None:
-    header: dict[str, Any] | None = (job.meta or {}).get(_META)
+    header = _header_of(job)
     ticket = None if header is None else read_ticket(header)
     return None if ticket is None or header is None else (ticket, header)
 
@@ -291,7 +303,7 @@ class _JobRun:
 
     def _outcome(self, work: Work, flight: Flight, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outcome:
         job = self._job
-        self._header["ran"] = True
+        self._header["ran"] = self._holder  # which attempt, as a user may save it with the job's meta
         try:
             value = finished(self._engine.function(*args, **kwargs))
             if isinstance(value, rq.Retry):
@@ -308,7 +320,7 @@ class _JobRun:
             return Raised(error)
         except BaseException as error:
             self._left_by = error
-            return Raised(FlightFailed(f"{self._engine._path} ended by {type(error).__name__}: {error}"))
+            return Raised(FlightFailed(f"{self._engine._path} ended by {type(error).__name__}: {text_of(error)}"))
 
     def _retry(self, work: Work, retry: rq.Retry) -> Outcome:
         """The function returned RQ's `Retry`."""
@@ -340,7 +352,7 @@ def on_success(job: Job, connection: redis.Redis, result: Any) -> None:
     found = _ticket_of(job)
     if found is None or found[1].get("skipped"):
         return
-    if not found[1].get("ran"):
+    if found[1].get("ran") != _holder(job, found[1]):
         text = f"job {job.id} succeeded without a run of its flight: {job.func_name} is no memolocked job here"
         _disown(job, connection, ("", FlightFailed(text)))
     _call_theirs(job, "on_success", connection, result)
@@ -355,11 +367,13 @@ def on_failure(job: Job, connection: redis.Redis, kind: Any, error: Any, trace: 
     found = _ticket_of(job)
     if found is not None and not found[1].get("skipped"):
         words: list[tuple[str, Exception | None]] = []
-        if found[1].get("ran"):
-            words.append((_holder(job, found[1]), None))
+        holder = _holder(job, found[1])
+        if found[1].get("ran") == holder:
+            words.append((holder, None))
         if not job.should_retry:
             hint = "does its worker run where that can be imported, with the code of its callers?"
-            words.append(("", FlightFailed(f"job {job.id} of {job.func_name} failed before it ran: {error} ({hint})")))
+            text = f"job {job.id} of {job.func_name} failed before it ran: {text_of(error)} ({hint})"
+            words.append(("", FlightFailed(text)))
         _disown(job, connection, *words)
     _call_theirs(job, "on_failure", connection, kind, error, trace)
 
@@ -539,7 +553,7 @@ def memolocked_job(
         def run(*args: Any, **kwargs: Any) -> Any:
             job = rq.get_current_job()
             # Not a plain call of this function from inside of a flight, its own or another's.
-            if job is not None and job.func_name == path and not computing.get() and _META in (job.meta or {}):
+            if job is not None and job.func_name == path and not computing.get() and _header_of(job) is not None:
                 found = _ticket_of(job)
                 if found is not None:
                     return _JobRun(engine, job, *found).fly(args, kwargs)

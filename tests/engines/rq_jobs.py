@@ -88,7 +88,7 @@ if "RQ_JOBS_URL" in os.environ:
     @memolocked_job(queue, **{**COMMON, "lease": 300})
     def leaving(key: str) -> str:
         note(f"leaving {key}")
-        raise asyncio.CancelledError("by a library")
+        raise Silent if key.startswith("silent") else asyncio.CancelledError("by a library")
 
     @memolocked_job(queue, **COMMON)
     def replaced(key: str) -> str:
@@ -119,6 +119,36 @@ if "RQ_JOBS_URL" in os.environ:
     @memolocked_job(queue, stale_ttl=60, **COMMON)
     def stale(key: str) -> int:
         return note(f"stale {key}")
+
+    def plain_stock(key: str) -> list[str]:
+        """Do without a cache."""
+        return [key, "stock"]
+
+    @memolocked_job(queue, **COMMON)
+    def handing(key: str, to: str) -> str:
+        """Hand the job's meta and callbacks on to another job, as who passes on what a tracer put there."""
+        note(f"handing {key}")
+        job: Any = rq.get_current_job()
+        callbacks: Any = {
+            name: rq.Callback(getattr(job, f"{name.removeprefix('on_')}_callback")) for name in _CALLBACKS
+        }
+        args = (f"{key} child", *["stock"] * (to == "handing"))
+        child = queue.enqueue(f"{__name__}.{to}", *args, meta=job.meta, **callbacks)
+        records.rpush(f"child:{QUEUE}:{key}", child.id)
+        job.save_meta()
+        stand_at_gate(key)
+        return child.id
+
+    _CALLBACKS = ("on_failure", "on_stopped", "on_success")
+
+    @memolocked_job(queue, retry=rq.Retry(max=2), **COMMON)
+    def saving(key: str) -> int:
+        rq.get_current_job().meta["seen"] = True
+        rq.get_current_job().save_meta()
+        count = note(f"saving {key}")
+        if count <= 2:
+            raise Sold(key)
+        return count
 
     memo = MemoLock(os.environ["RQ_JOBS_URL"], prefix=QUEUE, ttl=60, stale_ttl=60)
 
@@ -157,6 +187,13 @@ class Sold(Exception):
     """An exception of the application's own."""
 
 
+class Silent(BaseException):
+    """What cannot be told of, and is no error."""
+
+    def __str__(self) -> str:
+        raise ValueError
+
+
 def fresh() -> Any:
     """Return this module as the environment of now has it."""
     return importlib.reload(sys.modules[__name__])
@@ -172,6 +209,13 @@ def await_start(jobs: Any, key: str) -> int:
     found = jobs.records.blpop([f"started:{jobs.QUEUE}:{key}"], 30)
     assert found is not None, f"no run of {key!r} began"
     return int(found[1])
+
+
+def child_of(jobs: Any, key: str) -> Any:
+    """Wait for the job that `handing` sends, and return it."""
+    found = jobs.records.blpop([f"child:{jobs.QUEUE}:{key}"], 30)
+    assert found is not None, f"no job was sent for {key!r}"
+    return jobs.queue.fetch_job(found[1].decode())
 
 
 def open_gate(jobs: Any, key: str) -> None:

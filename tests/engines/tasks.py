@@ -23,12 +23,52 @@ class Sold(Exception):
     """An exception of the application's own."""
 
 
+class Untold(Exception):
+    """One that has no arguments."""
+
+    args = None  # type: ignore[assignment]
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"code {self.code}"
+
+
+class Silent(Exception):
+    """One that has no text."""
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+    __repr__ = __str__
+
+
+class Askew(SyntaxError):
+    """One of which `traceback` makes nothing."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.filename, self.lineno, self.offset, self.text = 3, "x", "k", 5  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Frozen(Exception):
+    """One to which nothing can be written, be it a traceback."""
+
+    code: str
+
+
 @dataclass
 class Stock:
     """A value of a type of its own."""
 
     key: str
     seen: datetime
+
+
+#: What the runs of `odd` raise.
+ODD: dict[str, type[Exception]] = {"arguments": Untold, "text": Silent, "line": Askew, "frozen": Frozen}
 
 
 @dataclass
@@ -121,6 +161,10 @@ def _inline(place: Place, url: str) -> Define:
 _DEFINERS = {"celery": _celery, "rq": _rq, "inline": _inline}
 
 
+def _raised(error: Exception) -> float:
+    raise error
+
+
 def goods(define: Define, records: Records) -> dict[str, Any]:
     """Define the tasks."""
     made: dict[str, Any] = {}
@@ -151,6 +195,17 @@ def goods(define: Define, records: Records) -> dict[str, Any]:
     def failing(key: str) -> str:
         records.note(key)
         raise Sold(key, 7)
+
+    @task(lease=30, wait_timeout=10, ttl=lambda value: _raised(Silent("x")) if value == "ttl" else 60)
+    def odd(key: str) -> str:
+        kind = key.partition(" ")[0]
+        records.note(key)
+        records.stand_at_gate(key)
+        if kind == "etag":
+            current_flight.etag = "\ud800"
+        if kind in ODD:
+            raise ODD[kind]("x")
+        return kind
 
     @task(error_ttl=30)
     def remembered(key: str) -> str:

@@ -10,10 +10,19 @@ from typing import Any
 
 import pytest
 
-from celery_memolock import MISS, EncodeError, Progress, ReentrantFlight, TaskFailed, ValueTooLarge, WaitTimeout
+from celery_memolock import (
+    MISS,
+    EncodeError,
+    OptionError,
+    Progress,
+    ReentrantFlight,
+    TaskFailed,
+    ValueTooLarge,
+    WaitTimeout,
+)
 from celery_memolock.external import fail, settle
 from tests.engines.conftest import Asked
-from tests.engines.tasks import Sold, Stock
+from tests.engines.tasks import ODD, Sold, Stock
 from tests.workers.conftest import in_background, until
 
 #: Ten callers of another process.
@@ -251,6 +260,25 @@ def test_remembered_error(shop: Asked, key: str) -> None:
     assert shop.ran(key) == 2
 
 
+@pytest.mark.parametrize("kind", [*ODD, "ttl", "etag"])
+def test_an_outcome_that_cannot_be_told(shop: Asked, key: str, kind: str) -> None:
+    """Whatever class an error has, and whatever an option's function does, all hear at once, and the key is free."""
+    error = ODD.get(kind) or {"ttl": OptionError, "etag": EncodeError}[kind]
+    key, other = f"{kind} {key}", shop.others[0]
+    for count in (1, 2):
+        here = in_background(shop.odd.get_cached, key)
+        shop.await_start(key)
+        other.tell(
+            "try: place.tasks['odd'].get_cached(args[0])\nexcept Exception as error: answer = type(error).__name__", key
+        )
+        until(lambda: shop.waiting("odd", key) == 2)
+        shop.open_gate(key)
+        with pytest.raises(error):
+            here.result(8)  # long before its lease is over
+        assert other.answer() == error.__name__
+        assert shop.ran(key) == count
+
+
 @pytest.mark.parametrize(("of", "error"), [("set", EncodeError), ("large", ValueTooLarge)])
 def test_a_value_that_cannot_be_stored(shop: Asked, key: str, of: str, error: type[Exception]) -> None:
     """It is a typed error, the next time too, and the key is free."""
@@ -467,3 +495,13 @@ def test_still_a_function(shop: Asked, key: str) -> None:
     assert [task(key), task(key)] == [[key, "stock"]] * 2
     assert shop.ran(key) == 2
     assert shop.stock.peek(key) is MISS
+
+
+def test_error_of_a_plain_call(shop: Asked, key: str) -> None:
+    """It comes out as it is, also if nothing can be written to it."""
+    key = f"frozen {key}"
+    task = shop.place.tasks["odd"]
+    task = task.__wrapped__ if shop.place.engine == "inline" else task
+    shop.open_gate(key)
+    with pytest.raises(ODD["frozen"]):
+        task(key)

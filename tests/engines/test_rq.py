@@ -29,7 +29,7 @@ from celery_memolock import (
     OptionError,
     WaitTimeout,
 )
-from celery_memolock.engines.rq import on_failure
+from celery_memolock.engines.rq import on_failure, on_success
 from celery_memolock.rq import memolocked_job
 from celery_memolock.server import Server
 from tests.engines import rq_jobs
@@ -107,6 +107,8 @@ def test_what_no_run_tells(jobs: Any, start: Start, key: str) -> None:
         jobs.queue.enqueue(f"{rq_jobs.__name__}.stock", f"{key} spoilt", meta={"memolock": ticket})
     with pytest.raises(FlightFailed, match="ended by CancelledError: by a library"):
         jobs.leaving.get_cached(key)
+    with pytest.raises(FlightFailed, match="ended by Silent: <unprintable Silent>"):
+        jobs.leaving.get_cached(f"silent {key}")
     with pytest.raises(FlightFailed, match=r"without a run of its flight: .*replaced is no memolocked job"):
         jobs.replaced.get_cached(key)
     assert jobs.stock.get_cached(key) == [key, "stock"]
@@ -257,6 +259,83 @@ def test_a_copy_that_fails(jobs: Any, start: Start, key: str) -> None:
     rq_jobs.open_gate(jobs, key)
     assert waiter.result(30) == key
     assert rq_jobs.ran(jobs, f"gated {key}") == 1
+
+
+def test_a_failure_that_has_no_text(jobs: Any, key: str) -> None:
+    """Those who wait hear that there was one."""
+    waiter = in_background(jobs.stock.get_cached, key)
+    until(lambda: jobs.queue.count)
+    (job,) = every_job(jobs.queue)
+    on_failure(job, jobs.queue.connection, rq_jobs.Silent, rq_jobs.Silent(), None)
+    with pytest.raises(FlightFailed, match="failed before it ran: <unprintable Silent>"):
+        waiter.result(20)
+
+
+@pytest.mark.parametrize("to", ["stock", "handing", "failing", "plain_stock"])
+@pytest.mark.parametrize("when", ["during the run", "after it", "before the next"])
+def test_meta_that_is_handed_on(jobs: Any, start: Start, key: str, to: str, when: str) -> None:
+    """A job that got a flight's meta, and its callbacks, is none of that flight: it runs, and tells nobody."""
+    for _ in range(1 + (when == "during the run")):
+        start("--worker-class", "rq.SimpleWorker")
+    waiters = [in_background(jobs.handing.get_cached, key, to)]
+    rq_jobs.await_start(jobs, key)
+    child = rq_jobs.child_of(jobs, key)
+    if when == "during the run":
+        if to == "handing":
+            rq_jobs.open_gate(jobs, f"{key} child")
+        until(lambda: child.is_finished or child.is_failed)
+    if when == "before the next":  # whose job would be done by an older one of the same flight's key
+        jobs.handing.invalidate(key, to)
+        waiters.append(in_background(jobs.handing.get_cached, key, to))
+        until(lambda: jobs.queue.count == 2)
+    rq_jobs.open_gate(jobs, key)
+    if to == "handing":
+        rq_jobs.open_gate(jobs, f"{key} child")
+    assert waiters[0].result(20) == child.id
+    until(lambda: child.is_finished or child.is_failed)
+    if when == "before the next":
+        rq_jobs.await_start(jobs, key)
+        rq_jobs.open_gate(jobs, key)
+        assert waiters[1].result(20) not in (child.id, [f"{key} child", "stock"])
+    if to == "failing":
+        assert child.is_failed
+    elif to == "handing":
+        assert rq_jobs.ran(jobs, f"handing {key} child") == 1
+        assert jobs.queue.fetch_job(child.return_value()) is not None
+    else:
+        assert child.return_value() == [f"{key} child", "stock"]
+        assert jobs.stock.peek(f"{key} child") is MISS
+    assert rq_jobs.ran(jobs, f"handing {key}") == len(waiters)
+
+
+def test_meta_that_is_saved(jobs: Any, start: Start, key: str) -> None:
+    """What a user saves in a flight's meta, our ticket with it, is there at the next attempt of that flight."""
+    start("--worker-class", "rq.SimpleWorker")
+    assert jobs.saving.get_cached(key) == 3
+    assert rq_jobs.ran(jobs, f"saving {key}") == 3
+
+
+def test_meta_that_says_of_an_earlier_attempt_that_it_ran(jobs: Any, key: str) -> None:
+    """It says nothing of the next one, which may meet a worker with other code."""
+    waiter = in_background(jobs.saving.get_cached, key)
+    until(lambda: jobs.queue.count)
+    (job,) = every_job(jobs.queue)
+    job.meta["memolock"]["ran"] = f"rq/{job.id}/0"
+    job.retries_left = 1
+    on_success(job, jobs.queue.connection, None)
+    with pytest.raises(FlightFailed, match="without a run of its flight"):
+        waiter.result(20)
+
+
+def test_a_ticket_of_an_earlier_version(jobs: Any, start: Start, key: str) -> None:
+    """It names no job, and its caller waits for it all the same."""
+    waiter = in_background(jobs.stock.get_cached, key)
+    until(lambda: jobs.queue.count)
+    (job,) = every_job(jobs.queue)
+    assert job.meta["memolock"].pop("job") == job.id
+    job.save_meta()
+    start("--worker-class", "rq.SimpleWorker")
+    assert waiter.result(20) == [key, "stock"]
 
 
 def test_plain_jobs(jobs: Any, start: Start, key: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -11,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from celery_memolock import bounded
-from celery_memolock.bounded import inquire, not_before
+from celery_memolock.bounded import inquire, log_failure, not_before
 
 
 class Owner:
@@ -123,3 +124,15 @@ def test_what_takes_long_to_close() -> None:
     assert not closed.is_set()
     gate.set()
     assert closed.wait(20)
+
+
+def test_a_failure_that_has_no_text(caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged all the same: to some handlers an error at that is one of the program."""
+
+    class Unsaid(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    with caplog.at_level(logging.WARNING, "celery_memolock"):
+        log_failure(Unsaid())
+    assert "in the background: <unprintable Unsaid>" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import random
 import zlib
@@ -14,6 +15,7 @@ import pytest
 
 from celery_memolock import DecodeError, EncodeError, RemoteTraceback, TaskFailed, ValueTooLarge
 from celery_memolock.codec import Codec, Entry, Packed, pack_error, unpack_error
+from celery_memolock.errors import text_of
 from celery_memolock.options import Options
 
 
@@ -26,6 +28,70 @@ class Unusual(Exception):
 
     def __init__(self, code: int, *, reason: str) -> None:
         super().__init__(f"{code}: {reason}")
+
+
+class Silent(Exception):
+    """An exception that will not be told of."""
+
+    args = property(lambda self: 1 / 0)  # type: ignore[assignment]
+
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+    def __repr__(self) -> str:
+        raise ValueError
+
+    def __reduce__(self) -> Any:
+        raise ValueError
+
+
+class Coded(Exception):
+    """An exception to which `args` means something else."""
+
+    args = None  # type: ignore[assignment]
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"code {self.code}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(Exception):
+    """An exception with a field that hides the arguments, and that takes no attribute later."""
+
+    name: str
+    args: list[str] | None = None  # type: ignore[assignment]
+
+
+class Askew(SyntaxError):
+    """An exception of which `traceback` makes nothing."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.filename, self.lineno, self.offset, self.text = 3, "x", "k", 5  # type: ignore[assignment]
+
+
+class Loud(str):
+    """A text that is none when it is cut."""
+
+    def __getitem__(self, key: Any) -> Any:
+        raise ValueError
+
+
+class Spoken(Exception):
+    """An exception whose text is such a one."""
+
+    def __str__(self) -> str:
+        return Loud(self.args[0])
+
+
+class Changeling(Exception):
+    """An exception whose class makes something else."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return Exception.__new__(cls) if not args else KeyboardInterrupt(*args)
 
 
 def codec(**options: Any) -> Codec:
@@ -192,6 +258,36 @@ def test_error_of_its_own_type() -> None:
     assert rebuilt.args == ("no stock", 7)
     assert isinstance(rebuilt.__cause__, RemoteTraceback)
     assert 'raise Custom("no stock", 7)' in str(rebuilt.__cause__)
+
+
+@pytest.mark.parametrize("error", [Coded(5), Command("ls"), Spoken("loud"), Silent("x"), Askew("odd")])
+def test_error_that_is_hard_to_tell_of(error: Exception) -> None:
+    """Whatever its class does, its type and text are told, with where it was raised."""
+    why = ValueError("why")
+    why.__cause__ = error  # in a circle
+    try:
+        raise error from why
+    except type(error):
+        pass  # what is raised beyond this is not to be told as its consequence: pytest would fail to
+    rebuilt = again(error)
+    assert type(rebuilt) is type(error)
+    assert text_of(rebuilt) == text_of(error)
+    cause = str(rebuilt.__cause__)
+    assert "raise error" in cause
+    assert type(error).__qualname__ in cause
+
+
+def test_error_whose_class_makes_something_else() -> None:
+    """What is no ordinary exception is not raised in those who wait."""
+    error = Changeling()
+    vars(BaseException)["args"].__set__(error, ("x",))
+    assert isinstance(again(error), TaskFailed)
+
+
+def test_text_of_an_error_that_has_none() -> None:
+    """It is told by its type: where an error is formatted there must not be another."""
+    assert text_of(Silent()) == "<unprintable Silent>"
+    assert type(text_of(Spoken("loud"))) is str
 
 
 def test_each_caller_gets_an_instance_of_its_own() -> None:

@@ -13,8 +13,8 @@ PACKAGE = Path(celery_memolock.__file__).parent
 
 #: From the bottom to the top; modules of one line do not know each other.
 LAYERS = [
-    {"bounded", "clock", "errors"},
-    {"server", "shape"},
+    {"clock", "errors"},
+    {"bounded", "server", "shape"},
     {"codec", "options"},  # options asks codec, late, whether it knows a format
     {"environment", "keys"},
     {"local", "rooms"},

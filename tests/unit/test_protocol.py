@@ -12,6 +12,7 @@ from celery_memolock import (
     ArgumentError,
     DecodeError,
     DispatchError,
+    EncodeError,
     FlightFailed,
     OptionError,
     ReentrantFlight,
@@ -45,6 +46,7 @@ from celery_memolock.effects import (
     Pause,
     Raised,
     Release,
+    Requeue,
     Returned,
     Run,
     Settle,
@@ -67,6 +69,19 @@ OPTIONS = Options(ttl=5)
 KEYS = Keys.of("memolock", "shop.f:1:abc")
 TICKET = Ticket(KEYS, "17-abc", (), {})
 RUN = Run("17-abc", 1)
+
+
+class Unsaid(Exception):
+    """Its text cannot be had."""
+
+    def __str__(self) -> str:
+        raise ValueError
+
+    __repr__ = __str__
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
 
 
 class Server:
@@ -543,6 +558,53 @@ def test_value_that_cannot_be_stored() -> None:
     assert server.asked[-1].kind == "E"
 
 
+class Silent(BaseException):
+    """What cannot be told of, and is no `Exception`."""
+
+    def __str__(self) -> str:
+        raise ValueError
+
+
+@pytest.mark.parametrize(
+    ("returned", "options"),
+    [
+        (Returned(1), {"ttl": lambda value: _raise(Unsaid())}),
+        (Returned(1), {"cache_if": lambda value: _raise(Unsaid())}),
+        (Returned(1, etag="\ud800"), {}),
+        (Returned(1), {"ttl": lambda value: type("Odd", (), {"__repr__": lambda self: 5})()}),
+    ],
+    ids=["ttl", "cache_if", "etag", "no time"],
+)
+def test_outcome_that_cannot_be_settled(returned: Returned, options: dict[str, Any]) -> None:
+    """Whatever keeps a value from being stored, those who wait hear a typed error, and the worker the same."""
+    server = Server(Claim=RUN, Body=returned)
+    done = work(server, **options)
+    assert (done.answer, type(done.refused)) in [("OK", EncodeError), ("OK", OptionError)]
+    assert (server.asked[-1].kind, server.asked[-1].run) == ("E", RUN)
+
+
+def test_outcome_whose_settling_is_left_by_no_error() -> None:
+    """Those who wait hear of it; if it ends the process, too, they may begin at once."""
+    server = Server(Claim=RUN, Body=Returned(1))
+    with pytest.raises(Silent):
+        work(server, ttl=lambda value: _raise(Silent()))
+    assert b"could not be settled: Silent: <unprintable Silent>" in server.asked[-1].outcome.body
+    assert (server.asked[-1].kind, server.asked[-1].run) == ("E", RUN)
+    for error in (KeyboardInterrupt(), SystemExit(1)):
+        server = Server(Claim=RUN, Body=Returned(1), Requeue=StoreUnavailable("down"))
+        with pytest.raises(type(error)):
+            work(server, ttl=lambda value, error=error: _raise(error))
+        assert server.asked[-1] == Requeue(KEYS, RUN, 0, 0.0)
+
+
+def test_a_winners_run_that_never_began() -> None:
+    """It fails the attempt that it claimed as it acquired: for attempt 0 there would be nothing to fail."""
+    server = Server(Acquire=Won("17-abc", 5.0, run=RUN), Dispatch=Unsaid())
+    with pytest.raises(Unsaid):
+        drive(fetch(replace(call(), inline=lambda: True, holder=lambda: "h"), server.rooms, server.clock), server)
+    assert [each.run for each in server.asked if isinstance(each, Settle)] == [RUN]
+
+
 def test_retry_settles_nothing() -> None:
     """A flight that goes on is not settled."""
     server = Server(Claim=RUN, Body=GoesOn())
@@ -615,7 +677,7 @@ def _wrong(*_: Any) -> Any:
     raise KeyError("user")
 
 
-WRONG_TAGS: list[Any] = [_wrong, lambda *_: 7, lambda *_: ["a", ""], lambda *_: ["a", 7]]
+WRONG_TAGS: list[Any] = [_wrong, lambda *_: _raise(Unsaid()), lambda *_: 7, lambda *_: ["a", ""], lambda *_: ["a", 7]]
 
 
 @pytest.mark.parametrize("tags", WRONG_TAGS)

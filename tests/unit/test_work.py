@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
 from celery_memolock import OptionError
 from celery_memolock.codec import Codec
-from celery_memolock.effects import Computing, Ticket
+from celery_memolock.effects import Computing, Finished, Run, Ticket
 from celery_memolock.engine import Engine
 from celery_memolock.keys import KeyMaker, Keys
 from celery_memolock.memo import Memo
@@ -75,6 +77,54 @@ def test_options_that_this_version_does_not_take(overrides: dict[str, Any], capl
     with caplog.at_level(logging.WARNING, "celery_memolock"):
         assert work(overrides)._call.options == Options(ttl=5, lease=3)
     assert ("with its task's own options" in caplog.text) == ("of_tomorrow" not in overrides)
+
+
+class Once:
+    """A server on which a run is claimed, and after whose end another one is asked for."""
+
+    address = "redis://there"
+
+    def run(self, effect: Any) -> Any:
+        return {"Claim": Run("17-abc", 1), "Settle": "AGAIN"}[type(effect).__name__]
+
+    async def arun(self, effect: Any) -> Any:
+        return self.run(effect)
+
+    def hold(self, *_: Any) -> None:
+        pass
+
+    get = lost = release = hold
+
+
+def test_a_refresh_that_cannot_be_asked_for_anew(caplog: pytest.LogCaptureFixture) -> None:
+    """What a function among the options raises then is logged: the run that was settled before is what it was."""
+
+    class Unsaid(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    def key(argument: Any) -> str:
+        raise Unsaid
+
+    for asking in ("threads", "asyncio"):
+        caplog.clear()
+        made = work({}, key=key)
+        made._engine.store, made._call = Once(), replace(made._call, arguments=((1,), {}))
+        if asking == "threads":
+            done = made.do(lambda flight: flight.outcome(1))
+        else:
+
+            async def ask(made: Any = made) -> Any:
+                async def body(flight: Any) -> Any:
+                    return flight.outcome(1)
+
+                done = await made.ado(body)
+                await asyncio.sleep(0.01)  # it is asked for beside this
+                return done
+
+            done = asyncio.run(ask())
+        assert done == Finished("AGAIN")
+        assert "could not start the refresh that was asked for: <unprintable Unsaid>" in caplog.text
 
 
 def test_tickets_that_cannot_be_read_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
