@@ -288,6 +288,8 @@ class _JobRun:
         try:
             done = work.do(lambda flight: self._outcome(work, flight, args, kwargs))
         except StoreUnavailable as error:  # before the run: what comes after it is in what `do` returns
+            if error.refused:
+                raise
             logger.warning("memolock puts the job of key %s back: %s", self._ticket.keys.tag, error)
             return self._come_again(_PAUSE)
         if isinstance(done, Defer):
@@ -411,7 +413,14 @@ def _disown(job: Job, connection: redis.Redis, *words: tuple[str, Exception | No
         for holder, error in words:
             ttl = 0.0 if error is None or options is None else options.error_ttl_of(error)
             outcome = None if error is None else pack_error(error)
-            store.run(Disown(ticket.keys, ticket.fence, holder, outcome, 30.0, ttl))
+            disown = Disown(ticket.keys, ticket.fence, holder, outcome, 30.0, ttl)
+            try:
+                store.run(disown)
+            except StoreUnavailable as away:
+                queues = store_of(connection, "memolock")
+                if not away.refused or queues.address != ticket.server:
+                    raise
+                queues.run(disown)  # where those who wait for the flight listen
     except MemoLockError as trouble:
         logger.warning("memolock leaves key %s to its lease: %s", ticket.keys.tag, trouble)
 

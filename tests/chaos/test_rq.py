@@ -257,6 +257,18 @@ def test_values_away_at_the_claim(own_server: Server, server: Server, prefix: st
     assert place.records.ran(key) == 1
 
 
+@pytest.mark.one_driver
+def test_worker_that_its_server_turns_away(server: Server, prefix: str, tmp_path: Path, key: str) -> None:
+    """A worker whose values are to be in a database that is not there tells those who wait."""
+    place = make("rq", server.url, prefix)
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setenv("MEMOLOCK_REDIS_URL", server.url.removesuffix("/0") + "/99")
+        stack.enter_context(workers(tmp_path, place, server.url, [PLAIN]))
+        patch.undo()
+        with pytest.raises(FlightFailed, match=r"failed before it ran: .* DB index is out of range"):
+            place.tasks["stock"].with_options(wait_timeout=60).get_cached(key)
+
+
 def test_everything_restarted_empty(own_server: Server, tmp_path: Path, prefix: str, key: str) -> None:
     """The one server of queue, values and worker is killed in mid-run and comes back without data: all goes on."""
     place = make("rq", own_server.url, prefix)
