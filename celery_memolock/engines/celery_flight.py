@@ -251,7 +251,8 @@ def _on_publish(sender: Any, body: Any, headers: dict[str, Any], properties: dic
         header = found
     if header is not None:
         header = {**header, "id": task_id}
-        _unpublished[header["fence"]].set()
+        if (waiting := _unpublished.get(header["fence"])) is not None:  # else a thread of the class's own was late
+            waiting.set()
     elif task is not None and task.name == sender:
         request = message_of(task)
         # What a task is replaced by has its id, too, and is no flight's.
