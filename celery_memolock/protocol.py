@@ -270,7 +270,11 @@ def _join(
     joined = clock()  # of several calls whose caller computes one after the other, each has its time for itself
     deadline = joined + patience
     waits_since = joined - (call.options.wait_timeout - patience)  # what went before was waiting, too
-    yield Listen(max(0.0, patience))
+    try:
+        yield Listen(max(0.0, patience))
+    except StoreUnavailable:
+        if clock() < deadline:
+            raise  # else it is the caller's own time that is over, and not the server's
     seat.follows = call.options.on_progress is not None
     rooms.enter(lobby, seat, wish.mode, began)
     place: Place | None = None

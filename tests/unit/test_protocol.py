@@ -236,6 +236,21 @@ def test_server_that_is_slower_than_a_caller_is_patient() -> None:
     assert [seat.turn for seat in others] == [Turn.LOOK, None]
 
 
+def test_subscription_that_takes_longer_than_a_caller_waits() -> None:
+    """Whose own time is over while it is not acknowledged yet gets the time-out that it asked for."""
+    server = Server(Flight=("Q", 0.1))
+
+    def slow(effect: Any) -> Any:
+        if isinstance(effect, Listen):
+            server.now += effect.timeout
+            raise StoreUnavailable("did not acknowledge a subscription")
+        return server(effect)
+
+    with pytest.raises(WaitTimeout):
+        drive(fetch(call(wait_timeout=0.1), server.rooms, server.clock), slow)
+    assert len(server.rooms) == 0
+
+
 @pytest.mark.parametrize(("wait_timeout", "expected"), [(0.1, 1.0), (3, 3.0), (30, 5.0)])
 def test_patience_with_the_broker(wait_timeout: float, expected: float) -> None:
     """A caller does not wait for the broker much longer than it waits at all, nor fails others' flight in a blink."""
