@@ -47,11 +47,12 @@ computing: ContextVar[tuple[Computing, ...]] = ContextVar("celery_memolock_compu
 
 
 @contextmanager
-def computes(ticket: Ticket) -> Iterator[None]:
-    """Refuse calls within that ask for the key of a flight, or for one that the flight is part of computing."""
-    outside = computing.set((*ticket.chain, Computing(ticket.keys.entry)))
+def computes(ticket: Ticket) -> Iterator[Callable[[], None]]:
+    """Refuse calls within for what a flight is part of, and for its own key until what this yields is called."""
+    this = Computing(ticket.keys.entry)
+    outside = computing.set((*ticket.chain, this))
     try:
-        yield
+        yield partial(setattr, this, "over", True)
     finally:
         computing.reset(outside)
 

@@ -724,7 +724,7 @@ _STATES: Final[dict[str, tuple[Literal["PENDING", "QUEUED", "RUNNING"], str]]] =
 }
 
 
-_SENT_BACK: Final = "a worker took it and asked for a retry: it waits for the time of that, and then for a worker"
+_SENT_BACK: Final = "a worker took it and sent it back, as for a retry: it waits for its time, and then for a worker"
 
 
 def _too_late(call: Call, waited: float, ended: float, told: Told) -> WaitTimeout:

@@ -27,7 +27,7 @@ from ..aio import InThreads
 from ..bounded import TooSlow, within
 from ..codec import pack_error
 from ..effects import Defer, Disown, Finished, GoesOn, Interrupted, Raised, Returned, Ticket
-from ..errors import ArgumentError, DispatchError, FlightFailed, MemoLockError, StoreUnavailable
+from ..errors import ArgumentError, DispatchError, FlightFailed, MemoLockError, StoreUnavailable, text_of
 from ..flight import Flight, grounded
 from ..keys import is_of_task
 from ..memo import computes
@@ -89,14 +89,17 @@ class CeleryEngine(InThreads):
 
     def send(self, ticket: Ticket, args: tuple[Any, ...], kwargs: Mapping[str, Any], timeout: float) -> None:
         """Publish the flight's message; see `Engine.send`."""
-        task, headers = self._task, self._headers(ticket)
+        task, headers, published = self._task, self._headers(ticket), threading.Event()
         before = _publishing.set((task.name, headers[HEADER]))
-        published = _unpublished[ticket.fence] = threading.Event()
+        _unpublished[ticket.fence] = task.name, published
         try:
             # Nobody asks for this result by its task id: it needs no place in a result backend, or in its parent's.
             unasked = {"ignore_result": True, "add_to_parent": False}
-            task.apply_async(args, dict(kwargs), headers=headers, producer=_Bounded(task.app, timeout), **unasked)
-            there = published.wait(min(timeout, _ELSEWHERE))
+            result = task.apply_async(
+                args, dict(kwargs), headers=headers, producer=_Bounded(task.app, timeout), **unasked
+            )
+            if result is None:  # else it was sent, or run, or another message does its work
+                published.wait(min(timeout, _ELSEWHERE))
         except (KombuEncodeError, TypeError) as error:
             raise self._unsendable(args, kwargs, error) from error
         except TooSlow as error:
@@ -108,11 +111,14 @@ class CeleryEngine(InThreads):
         finally:
             _publishing.reset(before)
             del _unpublished[ticket.fence]
-        if not there:
+        if published.is_set():
+            return
+        if result is None:
             raise DispatchError(
                 f"apply_async of task {task.name!r} sent no message: its class may keep it back until a transaction "
-                f"ends, or as another one is under way; a flight's message is to be sent at once"
+                f"ends, or drop it; a flight's message is to be sent at once"
             )
+        logger.info("memolock waits for key %s, though apply_async sent no message: %r", ticket.keys.tag, result)
 
     def attendance(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Future[str] | None:
         """Ask the broker, or the workers themselves; see `Engine.attendance`."""
@@ -120,23 +126,21 @@ class CeleryEngine(InThreads):
 
     def run_here(self, ticket: Ticket | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a flight, or without a ticket the bare task, in this thread; see `Engine.run_here`."""
-        here = _run_here.set(task_id := uuid())
-        headers = None if ticket is None else self._headers(ticket, task_id)
-        # A class's hooks come before the run, and may ask for its key as little as that.
-        hooks: AbstractContextManager[None] = nullcontext() if ticket is None else computes(ticket)
-        try:
-            with hooks:
+        headers = None if ticket is None else self._headers(ticket)
+        with nullcontext() if ticket is None else computes(ticket) as before:
+            here = _run_here.set((task_id := uuid(), before))
+            try:
                 # Not even with `task_eager_propagates`: that would end a retry, too.
                 result = self._task.apply(args, dict(kwargs), headers=headers, task_id=task_id, throw=False)
-        finally:
-            _run_here.reset(here)
+            finally:
+                _run_here.reset(here)
         if ticket is None:
             return result.get(disable_sync_subtasks=False)
         note_run(result)
         return None
 
-    def _headers(self, ticket: Ticket, task_id: str | None = None) -> dict[str, Any]:
-        return {HEADER: {**write_ticket(ticket, self.store.address), "id": task_id}}
+    def _headers(self, ticket: Ticket) -> dict[str, Any]:
+        return {HEADER: write_ticket(ticket, self.store.address)}
 
     def _broker(self) -> str:
         return str(self._task.app.connection_for_write().as_uri())
@@ -150,13 +154,16 @@ class CeleryEngine(InThreads):
         return found or ArgumentError(f"the arguments of {whose} cannot be sent: {error}")
 
 
-#: The id of the task that a caller of this context runs for itself.
-_run_here: ContextVar[str | None] = ContextVar("celery_memolock_run_here", default=None)
+#: The id of the task that a caller of this context runs for itself, and what is to be called when its run begins.
+_run_here: ContextVar[tuple[str, Callable[[], None] | None] | None] = ContextVar(
+    "celery_memolock_run_here", default=None
+)
 
 
 def is_run_here(request: Any) -> bool:
     """Whether a request of Celery's is that of a task that its caller runs for itself."""
-    return request is not None and request.id is not None and request.id == _run_here.get()
+    here = _run_here.get()
+    return here is not None and request is not None and request.id == here[0]
 
 
 class _Bounded:
@@ -215,21 +222,21 @@ def ticket_in(headers: Any, task_id: str | None) -> Ticket | None:
 
 def _is_of_message(header: Any, task_id: str | None) -> bool:
     """Whether ours among a message's headers was put there for it: a run may hand its headers on to what it sends."""
-    return header is not None and not (isinstance(header, Mapping) and header.get("id", task_id) not in (task_id, None))
+    return header is not None and not (isinstance(header, Mapping) and header.get("id", task_id) != task_id)
 
 
-def _without_ours(headers: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in headers.items() if name != HEADER}
-    if isinstance(kept.get("headers"), Mapping):
-        kept["headers"] = _without_ours(kept["headers"])
-    return kept
+def _take_ours_out(headers: dict[str, Any]) -> None:
+    headers.pop(HEADER, None)
+    if isinstance(headers.get("headers"), Mapping):  # which may be somebody else's
+        inner = headers["headers"] = dict(headers["headers"])
+        _take_ours_out(inner)
 
 
 #: Whose message this context publishes, by its task's name, and what is ours among its headers.
 _publishing: ContextVar[tuple[str, Mapping[str, Any]] | None] = ContextVar("celery_memolock_publishing", default=None)
 
-#: The flights whose messages this process is about to publish, by their fences.
-_unpublished: dict[str, threading.Event] = {}
+#: The flights whose messages this process is about to publish, by their fences: their tasks, and what is set then.
+_unpublished: dict[str, tuple[str, threading.Event]] = {}
 
 #: Seconds for a class that publishes its messages from a thread of its own.
 _ELSEWHERE: Final = 1.0
@@ -244,29 +251,29 @@ def _on_publish(sender: Any, body: Any, headers: dict[str, Any], properties: dic
     found, publishing, task = header_in(headers), _publishing.get(), _state.get_current_task()
     by_protocol_1 = body if isinstance(body, Mapping) else {}
     task_id = headers.get("id") or by_protocol_1.get("id")
+    foreign = found is not None and not _is_of_message(found, task_id)
     header: Any = None
     if publishing is not None and publishing[0] == sender:
         header = publishing[1]
-    elif isinstance(found, Mapping) and found.get("id") is None and found.get("fence") in _unpublished:
-        header = found
+    elif isinstance(found, Mapping) and "id" not in found and found.get("fence") in _unpublished:
+        header = found if _unpublished[found["fence"]][0] == sender else None  # from a thread of the class's own
+        foreign = header is None
     if header is not None:
         header = {**header, "id": task_id}
-        if (waiting := _unpublished.get(header["fence"])) is not None:  # else a thread of the class's own was late
-            waiting.set()
-    elif task is not None and task.name == sender:
-        request = message_of(task)
+        if (waiting := _unpublished.get(header["fence"])) is not None:  # else that thread was late
+            waiting[1].set()
+    elif task is not None and task.name == sender and (request := message_of(task)) is not None:
+        again = request.id == task_id
         # What a task is replaced by has its id, too, and is no flight's.
-        nesting = headers.get("replaced_task_nesting", 0)
-        if request is not None and (request.id, request.replaced_task_nesting) == (task_id, nesting):
+        if again and headers.get("replaced_task_nesting", 0) == request.replaced_task_nesting:
             header = header_in(vars(request))
+        foreign = foreign or again
+    if header is not None or foreign:
+        _take_ours_out(headers)
     if header is not None:
         headers[HEADER] = header
         if not is_refresh(header):
             properties.pop("expiration", None)
-    elif found is not None and not _is_of_message(found, task_id):
-        others = _without_ours(headers)
-        headers.clear()
-        headers.update(others)
 
 
 # ---- running ---------------------------------------------------------------------------------------------------
@@ -280,11 +287,10 @@ def with_flights(task: Any) -> None:
     """
     task.run = _run_with_flights(task, task.run)
     cls = type(task)
-    if mro_lookup(cls, "__call__", {celery.Task, object}, ["celery.app.task"]) and not hasattr(cls.__call__, _OURS):
-        cls.__call__ = _call_with_flights(cls.__call__)
+    where: Any = mro_lookup(cls, "__call__", {celery.Task, object}, ["celery.app.task"])
+    if where is not None and not isinstance(call := vars(where)["__call__"], _CallWithFlights):
+        cls.__call__ = _CallWithFlights(call)
 
-
-_OURS: Final = "memolock_flights"
 
 #: In what a message's request says how far its flight has come: into a class's `__call__`, or into `run`.
 _WITHIN: Final = "memolock_within"
@@ -309,30 +315,52 @@ def _run_with_flights(task: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     return fly
 
 
-def _call_with_flights(call: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(call)
-    def fly(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = message_of(self)
-        if hasattr(request, _WITHIN):
-            return call(self, *args, **kwargs)
-        return _fly(self, request, "__call__", functools.partial(call, self, *args, **kwargs))
+class _CallWithFlights:
+    """A class's own `__call__`, of whatever kind that is."""
 
-    setattr(fly, _OURS, True)
-    return fly
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        functools.update_wrapper(self, call)
+
+    def __get__(self, task: Any, cls: Any = None) -> Any:
+        if task is None:
+            return self
+        call = self._call.__get__(task, cls) if hasattr(self._call, "__get__") else self._call
+        return functools.partial(_call_with_flights, task, call)
+
+    def __call__(self, task: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call it as who takes it from the class does, to put more around it."""
+        return self.__get__(task, type(task))(*args, **kwargs)
+
+
+def _call_with_flights(task: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    request = message_of(task)
+    match getattr(request, _WITHIN, None):
+        case "__call__":  # by another class's
+            return call(*args, **kwargs)
+        case "run":
+            with grounded():
+                return call(*args, **kwargs)
+    return _fly(task, request, "__call__", functools.partial(call, *args, **kwargs))
 
 
 def _fly(task: Any, request: Any, within: str, body: Callable[[], Any]) -> Any:
     """Run what Celery called for a message."""
     header = header_in(getattr(request, "__dict__", None))
-    if not _is_of_message(header, getattr(request, "id", None)):
+    ticket = None if header is None or is_refresh(header) else read_ticket(header)
+    foreign = not _is_of_message(header, getattr(request, "id", None))
+    if foreign or (ticket is not None and not is_of_task(ticket.keys, task.name)):
         with grounded():
             return body()
     setattr(request, _WITHIN, within)
     if is_refresh(header):
         return run_refresh(task.memo, header, request.args, request.kwargs)
-    ticket = read_ticket(header)
     if ticket is None:
         raise Ignore("memolock drops a message whose ticket it cannot read")
+    header["id"] = request.id  # should the run hand its headers on, where no message was published for it
+    here = _run_here.get()
+    if here is not None and here[0] == request.id and here[1] is not None:
+        here[1]()
     request.memolock_flight = FlightMessage(task, request, ticket, body)
     return request.memolock_flight.fly()
 
@@ -462,7 +490,7 @@ def _comes_back(left: BaseException | None, task: Any) -> bool:
 
 def _without_value(task: Any, left: BaseException) -> FlightFailed:
     """Return what those hear who wait for a run that ended by something else than an error."""
-    text = f"task {task.name!r} ended without a value: {type(left).__name__}: {left}"
+    text = f"task {task.name!r} ended without a value: {type(left).__name__}: {'' if left is None else text_of(left)}"
     if isinstance(left, Reject) and vars(left)["requeue"] and not task.acks_late:
         text += " (a message that was acknowledged early cannot be requeued: set acks_late=True)"
     failed = FlightFailed(text)
@@ -510,9 +538,8 @@ def _on_end(sender: Any, state: str | None = None, retval: Any = None, **_: Any)
         return  # the main process tells why, or the lease decides
     else:
         error = _without_value(sender, left)
-    logger.warning(
-        "memolock tells those who wait for key %s that its flight came to nothing: %r", ticket.keys.tag, error
-    )
+    why = f"{type(error).__name__}: {text_of(error)}"
+    logger.warning("memolock tells those who wait for key %s that its flight came to nothing: %s", ticket.keys.tag, why)
     tell_failure(sender, ticket, message.holder if message else "", error)
 
 
@@ -555,7 +582,9 @@ def _on_unknown(sender: Any, message: Any, name: str, **_: Any) -> None:
 
 def _on_rejected(sender: Any, message: Any, exc: BaseException | None = None, **_: Any) -> None:
     """A worker may not read the message, such as one in a serializer that it does not accept."""
-    _tell_of_message(sender, message, f"worker {sender.hostname} refused the message: {type(exc).__name__}: {exc}")
+    _tell_of_message(
+        sender, message, f"worker {sender.hostname} refused the message: {type(exc).__name__}: {exc and text_of(exc)}"
+    )
 
 
 def _tell_of_message(consumer: Any, message: Any, text: str) -> None:

@@ -130,16 +130,18 @@ def _is_redis(name: str, setting: Any) -> bool:
 def _shown(urls: Any) -> str:
     """Return what a setting names, without user, password and parameters, also where its URL is none."""
     url = urls[0] if isinstance(urls, list | tuple) and urls else urls
-    found = _PARTS.match(str(url or ""))
-    if found is None or not found[0]:
+    if not url:
         return "not set"
-    scheme, log_in, place = found.groups("")
-    if "?" in log_in:  # of a password, or before one among the parameters
-        return repr(f"{scheme}***")
-    return repr(f"{scheme}{log_in and '***@'}{place}")
+    scheme, rest = _SCHEME.findall(str(url))[0]
+    place, _, parameters = rest.partition("?")
+    _, at, place = place.rpartition("@")
+    # Whatever is not known to be harmless may be a part of a password.
+    shown = "***" if "@" in parameters or not _PLACE(place) else f"{at and '***@'}{place}"
+    return repr(scheme + shown)
 
 
-_PARTS: Final = re.compile(r"(\w[\w+]*:?//)?(.*@)?([^?]*)", re.DOTALL)
+_SCHEME: Final = re.compile(r"^(\w[\w+]*:?//|)(.*)", re.DOTALL)
+_PLACE: Final = re.compile(r"([\w.-]*|\[[\da-fA-F:.]+\])(:\d+)?(/[\w.-]*)*").fullmatch
 
 
 def defaults_of(app: Any) -> dict[str, Any]:

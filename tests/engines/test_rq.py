@@ -140,7 +140,7 @@ def test_a_job_that_had_to_wait_has_its_retries_left(jobs: Any, start: Start, ke
 def test_time_out_of_a_retry(jobs: Any, start: Start, key: str) -> None:
     """It says that a worker took the job, and not how many there are."""
     start("--worker-class", "rq.SimpleWorker")
-    with pytest.raises(WaitTimeout, match=r"QUEUED for .* \(a worker took it and asked for a retry"):
+    with pytest.raises(WaitTimeout, match=r"QUEUED for .* \(a worker took it and sent it back"):
         jobs.patient.with_options(wait_timeout=2.0).get_cached(key)
     assert rq_jobs.ran(jobs, f"patient {key}") == 1
 

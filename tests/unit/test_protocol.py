@@ -295,7 +295,7 @@ def test_time_out_of_a_retry() -> None:
     """Of a flight that a worker has begun already nobody is asked whether workers are there."""
     waiting = Waiting("17-abc", 50.0, "Q", 0.0)
     server = Server(Acquire=waiting, Leave=("Q", 2.0), Attempts=1, Attendance="no worker is there", ring=False)
-    with pytest.raises(WaitTimeout, match=r"QUEUED for 2\.0 s \(a worker took it and asked for a retry: ") as caught:
+    with pytest.raises(WaitTimeout, match=r"QUEUED for 2\.0 s \(a worker took it and sent it back, ") as caught:
         ask(server, wait_timeout=3)
     assert "no worker" not in str(caught.value)
     assert Attendance not in server.kinds()

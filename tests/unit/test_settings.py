@@ -147,6 +147,11 @@ LOG_INS = {
     "amqp://host:1//?password=s3cr@et": "amqp://***",
     "amqp://u5er:s3cr@host:1//?password=s3cr@et": "amqp://***",
     "amqp://host:1//": "amqp://host:1//",
+    "amqp://[::1]:1//": "amqp://[::1]:1//",
+    "amqp://u5er:s3cret": "amqp://***",
+    "amqp://host:1//#s3cret": "amqp://***",
+    "azureblockblob://DefaultEndpointsProtocol=https;AccountKey=s3cret;A=b": "azureblockblob://***",
+    "db+mssql+pyodbc://?odbc_connect=PWD%3Ds3cret": "db+mssql+pyodbc://",
 }
 
 

@@ -7,6 +7,7 @@ lays a second request over the message's.
 from __future__ import annotations
 
 import abc
+import functools
 import queue
 import threading
 import uuid
@@ -25,6 +26,7 @@ from celery_memolock import (
     MemoLockTask,
     OptionError,
     ReentrantFlight,
+    WaitTimeout,
     current_flight,
     external,
     memolocked_task,
@@ -271,8 +273,102 @@ class Forwarding(Task):
     def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
         task = _state.get_current_task()
         ours = {"memolock": vars(task.request)["memolock"]} if task and "memolock" in vars(task.request) else {}
-        headers = {**ours, "headers": ours, **(options.pop("headers", None) or {})}
-        return super().apply_async(args, kwargs, *more, headers=headers, **options)
+        headers = {**ours, **(task.request.headers or {} if task else {}), **(options.pop("headers", None) or {})}
+        # Some instrumentations put what they find there into a dictionary within, too.
+        return super().apply_async(args, kwargs, *more, headers={**headers, "headers": headers}, **options)
+
+
+class Auditing(Task):
+    """Sends another task first, with the headers of what it is to send."""
+
+    abstract = True
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
+        self.app.tasks["other"].apply_async(args, headers=options.get("headers"))
+        return super().apply_async(args, kwargs, *more, **options)
+
+
+class Once(Task):
+    """Sends nothing, as another message is under way that does the same, which it returns."""
+
+    abstract = True
+
+    def apply_async(self, *args: Any, **options: Any) -> Any:
+        return self.AsyncResult("of another message")
+
+
+class AtOnce(Task):
+    """Runs here, and sends nothing."""
+
+    abstract = True
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
+        return self.apply(args, kwargs, headers=options.get("headers"))
+
+
+class OwnId(Task):
+    """Runs in eager mode under an id of its own."""
+
+    abstract = True
+
+    def apply(self, *args: Any, **options: Any) -> Any:
+        return super().apply(*args, **{**options, "task_id": uuid.uuid4().hex})
+
+
+class AskingLater(MemoLockTask[..., Any]):
+    """Asks for its own value when it is there."""
+
+    abstract = True
+    found: ClassVar[list[Any]] = []
+
+    def on_success(self, retval: Any, task_id: str, args: Any, kwargs: Any) -> None:
+        self.found.append(self.get_cached(*args, **kwargs))
+
+
+def called(*args: Any, **_: Any) -> Any:
+    """Return how many arguments there were, and the last of them."""
+    return [len(args), args[-1]]
+
+
+class Object:
+    """Is no method, and can be called."""
+
+    def __call__(self, *args: Any) -> Any:
+        return called(*args)
+
+
+class Static(Task):
+    """Has a `__call__` without the task."""
+
+    abstract = True
+    __call__ = staticmethod(called)
+
+
+class OfClass(Task):
+    """Has a `__call__` of the class."""
+
+    abstract = True
+    __call__ = classmethod(called)
+
+
+class ByObject(Task):
+    """Has a `__call__` that is no method."""
+
+    abstract = True
+    __call__ = Object()
+
+
+class Wrapping(Calling):
+    """Wraps a base's `__call__` as decorators do."""
+
+    abstract = True
+
+    @functools.wraps(Calling.__call__)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return ["wrapped", super().__call__(*args, **kwargs)]
+
+
+CALLED: dict[type[Any], Any] = {Static: [1, 1], OfClass: [2, 1], ByObject: [1, 1], Wrapping: ["wrapped", [1, 0]]}
 
 
 class Quiet(Task):
@@ -429,7 +525,7 @@ def tasks(server: Server) -> Iterator[dict[str, Any]]:
     def ordinary(number: int) -> None:
         ran.put(("ordinary", number))
 
-    for base in (Quiet, SendsInThread, Asking):
+    for base in (Quiet, SendsInThread, Asking, Auditing, Once, AtOnce, *CALLED):
 
         @make(base, "plain")
         def simple(self: Any, number: int) -> Any:
@@ -514,6 +610,55 @@ def test_forwarded_headers(tasks: dict[str, Any]) -> None:
         *(("ordinary", number) for number in (1, 2)),
         *(("other", number) for number in (1, 1, 2, 2)),
     ]
+
+
+def test_headers_of_what_is_sent(tasks: dict[str, Any]) -> None:
+    """What a class sends beside a flight's message, with the headers of that, is no part of the flight."""
+    assert tasks["Auditing plain"].get_cached(5) == [5, 0]
+    assert ran.get(timeout=10) == ("other", 5)
+
+
+@pytest.mark.parametrize("base", CALLED)
+def test_kinds_of_calls(tasks: dict[str, Any], base: type[Any]) -> None:
+    """A `__call__` may be of any kind, and stays that."""
+    task = tasks[f"{base.__name__} plain"]
+    assert task(1) == task.delay(1).get(10, interval=0.01) == task.get_cached(1) == CALLED[base]
+
+
+def test_call_that_an_instrumentation_wraps(tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes a class's `__call__`, and puts another around it, has the flight in there."""
+    task = tasks["Wrapping plain"]
+    theirs: Any = type(task).__call__
+
+    def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return theirs(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(task), "__call__", traced)
+    assert task.get_cached(2) == task(2) == ["wrapped", [2, 0]]
+
+
+def test_sent_by_other_means(tasks: dict[str, Any]) -> None:
+    """A class may run the task itself in place of a message, or leave it to one that is under way."""
+    assert tasks["AtOnce plain"].get_cached(1) == [1, 0]
+    with pytest.raises(WaitTimeout):
+        tasks["Once plain"].with_options(wait_timeout=0.3).get_cached(1)
+
+
+@pytest.mark.parametrize("base", [OwnId, AskingLater])
+def test_eager(server: Server, base: type[Any]) -> None:
+    """In eager mode, too, a class may name its runs, and ask for its own value once that is there."""
+    app = Celery("eager classes", broker=server.url, set_as_current=False)
+    app.conf.update(task_always_eager=True, memolock_prefix=uuid.uuid4().hex, memolock_wait_timeout=10)
+    runs: list[int] = []
+
+    @memolocked_task(app=app, ttl=60, base=base, name="eager", bind=True)
+    def eager(self: Any, number: int) -> int:
+        runs.append(number)
+        return number
+
+    AskingLater.found.clear()
+    assert eager.get_cached(7) == 7
+    assert (runs, AskingLater.found) == ([7], [7] if base is AskingLater else [])
 
 
 def test_sends_nothing(tasks: dict[str, Any]) -> None:

@@ -142,20 +142,24 @@ def test_one_address_for_two_servers(server: Server, start_worker: Callable[...,
     A message that comes after its flight's end finds what that left, and is no sign of anything.
     """
     made, worker = start_worker(server.url, server.url, "--concurrency", "1")
-    task, prefix = made.tasks["stock"], made.app.conf.memolock_prefix
+    prefix = made.app.conf.memolock_prefix
     sent: list[Any] = []
 
     def note(headers: dict[str, Any], **_: Any) -> None:
-        sent.append(headers["memolock"])
+        sent.append({name: value for name, value in headers["memolock"].items() if name != "id"})
 
     signals.before_task_publish.connect(note)
     made.stock.get_cached(key)
     with pytest.raises(Sold):
         made.failing.with_options(error_ttl=0).get_cached(key)
     signals.before_task_publish.disconnect(note)
-    late = [{**ticket, "id": None, "server": "redis://by-another-name"} for ticket in sent * 3]
-    strange = [{"entry": f"{prefix}:1:e:{{{number}}}", "fence": FENCE, "server": server.url} for number in range(3)]
+    late = [{**ticket, "server": "redis://by-another-name"} for ticket in sent * 3]
+    strange = [
+        {"entry": f"{prefix}:1:e:{{shop.stock:1:{number}}}", "fence": FENCE, "server": server.url}
+        for number in range(3)
+    ]
     for number, ticket in enumerate([*late, *strange], 1):
+        task = made.tasks["failing" if "failing" in ticket["entry"] else "stock"]
         task.apply_async((f"{key} late",), headers={"memolock": ticket})
         until(lambda: worker.log.read_text().count("the flight is over") == number)  # noqa: B023
         assert "finds no flight" not in worker.log.read_text() or number == len(late + strange)

@@ -208,7 +208,7 @@ def test_time_out_while_the_workers_are_busy(any_shop: AnyShop, key: str) -> Non
     assert made.sourced.refresh(key, "retry late")
     until(lambda: made.ran(key) == 2)  # the first run
     impatient = made.sourced.with_options(wait_timeout=0.2)
-    timed_out(impatient.get_cached, key, "retry late", about="QUEUED for .* \\(a worker took it and asked for a retry")
+    timed_out(impatient.get_cached, key, "retry late", about="QUEUED for .* \\(a worker took it and sent it back")
 
     elsewhere = make(broker, store, queue, task_routes={"shop.plain": {"queue": f"{queue}-other"}})
     plain = replace(elsewhere, driver=made.driver).plain.with_options(wait_timeout=0.5)
