@@ -196,7 +196,7 @@ def goods(define: Define, records: Records) -> dict[str, Any]:
         records.note(key)
         raise Sold(key, 7)
 
-    @task(lease=30, wait_timeout=10, ttl=lambda value: _raised(Silent("x")) if value == "ttl" else 60)
+    @task(lease=120, wait_timeout=60, ttl=lambda value: _raised(Silent("x")) if value == "ttl" else 60)
     def odd(key: str) -> str:
         kind = key.partition(" ")[0]
         records.note(key)

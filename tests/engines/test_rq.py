@@ -277,7 +277,8 @@ def test_meta_that_is_handed_on(jobs: Any, start: Start, key: str, to: str, when
     """A job that got a flight's meta, and its callbacks, is none of that flight: it runs, and tells nobody."""
     for _ in range(1 + (when == "during the run")):
         start("--worker-class", "rq.SimpleWorker")
-    waiters = [in_background(jobs.handing.get_cached, key, to)]
+    handing = jobs.handing.with_options(wait_timeout=60)
+    waiters = [in_background(handing.get_cached, key, to)]
     rq_jobs.await_start(jobs, key)
     child = rq_jobs.child_of(jobs, key)
     if when == "during the run":
@@ -286,17 +287,17 @@ def test_meta_that_is_handed_on(jobs: Any, start: Start, key: str, to: str, when
         until(lambda: child.is_finished or child.is_failed)
     if when == "before the next":  # whose job would be done by an older one of the same flight's key
         jobs.handing.invalidate(key, to)
-        waiters.append(in_background(jobs.handing.get_cached, key, to))
+        waiters.append(in_background(handing.get_cached, key, to))
         until(lambda: jobs.queue.count == 2)
     rq_jobs.open_gate(jobs, key)
     if to == "handing":
         rq_jobs.open_gate(jobs, f"{key} child")
-    assert waiters[0].result(20) == child.id
+    assert waiters[0].result(40) == child.id
     until(lambda: child.is_finished or child.is_failed)
     if when == "before the next":
         rq_jobs.await_start(jobs, key)
         rq_jobs.open_gate(jobs, key)
-        assert waiters[1].result(20) not in (child.id, [f"{key} child", "stock"])
+        assert waiters[1].result(40) not in (child.id, [f"{key} child", "stock"])
     if to == "failing":
         assert child.is_failed
     elif to == "handing":
