@@ -217,12 +217,14 @@ _MOST_NESTED: Final = 5
 def ticket_in(headers: Any, task_id: str | None) -> Ticket | None:
     """Return the ticket in a message's headers; None if it is no flight's, or cannot be read."""
     header = header_in(headers)
-    return None if is_refresh(header) or not _is_of_message(header, task_id) else read_ticket(header)
+    if header is None or is_refresh(header) or not _is_of_message(header, task_id):
+        return None
+    return read_ticket(header)
 
 
 def _is_of_message(header: Any, task_id: str | None) -> bool:
     """Whether ours among a message's headers was put there for it: a run may hand its headers on to what it sends."""
-    return header is not None and not (isinstance(header, Mapping) and header.get("id", task_id) != task_id)
+    return not isinstance(header, Mapping) or header.get("id", task_id) == task_id
 
 
 def _take_ours_out(headers: dict[str, Any]) -> None:
@@ -348,8 +350,8 @@ def _fly(task: Any, request: Any, within: str, body: Callable[[], Any]) -> Any:
     """Run what Celery called for a message."""
     header = header_in(getattr(request, "__dict__", None))
     ticket = None if header is None or is_refresh(header) else read_ticket(header)
-    foreign = not _is_of_message(header, getattr(request, "id", None))
-    if foreign or (ticket is not None and not is_of_task(ticket.keys, task.name)):
+    foreign = ticket is not None and not is_of_task(ticket.keys, task.name)
+    if header is None or foreign or not _is_of_message(header, request.id):
         with grounded():
             return body()
     setattr(request, _WITHIN, within)
@@ -490,7 +492,7 @@ def _comes_back(left: BaseException | None, task: Any) -> bool:
 
 def _without_value(task: Any, left: BaseException) -> FlightFailed:
     """Return what those hear who wait for a run that ended by something else than an error."""
-    text = f"task {task.name!r} ended without a value: {type(left).__name__}: {'' if left is None else text_of(left)}"
+    text = f"task {task.name!r} ended without a value: {type(left).__name__}: {text_of(left)}"
     if isinstance(left, Reject) and vars(left)["requeue"] and not task.acks_late:
         text += " (a message that was acknowledged early cannot be requeued: set acks_late=True)"
     failed = FlightFailed(text)
@@ -582,9 +584,8 @@ def _on_unknown(sender: Any, message: Any, name: str, **_: Any) -> None:
 
 def _on_rejected(sender: Any, message: Any, exc: BaseException | None = None, **_: Any) -> None:
     """A worker may not read the message, such as one in a serializer that it does not accept."""
-    _tell_of_message(
-        sender, message, f"worker {sender.hostname} refused the message: {type(exc).__name__}: {exc and text_of(exc)}"
-    )
+    why = "" if exc is None else f": {type(exc).__name__}: {text_of(exc)}"
+    _tell_of_message(sender, message, f"worker {sender.hostname} refused the message{why}")
 
 
 def _tell_of_message(consumer: Any, message: Any, text: str) -> None:
