@@ -257,9 +257,11 @@ def _on_publish(sender: Any, body: Any, headers: dict[str, Any], properties: dic
     header: Any = None
     if publishing is not None and publishing[0] == sender:
         header = publishing[1]
-    elif isinstance(found, Mapping) and "id" not in found and found.get("fence") in _unpublished:
-        header = found if _unpublished[found["fence"]][0] == sender else None  # from a thread of the class's own
-        foreign = header is None
+    elif isinstance(found, Mapping) and "id" not in found:
+        waiting = _unpublished.get(str(found.get("fence")))
+        if waiting is not None:  # from a thread of the class's own, or of another task with the headers of this one
+            foreign = waiting[0] != sender
+            header = None if foreign else found
     if header is not None:
         header = {**header, "id": task_id}
         if (waiting := _unpublished.get(header["fence"])) is not None:  # else that thread was late
