@@ -14,7 +14,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -370,10 +369,19 @@ def usable(name: str) -> Iterator[None]:
         raise ConfigurationError(f"{name} cannot be used: {kind}{str(error).strip()}") from None
 
 
-@lru_cache(256)
 def _client_at(url: str) -> redis.Redis:
-    url, credentials = _plain_url(url)
-    return tried(redis.Redis.from_url(url, **credentials))
+    found = _clients.get(url)
+    if found is None:
+        plain, credentials = _plain_url(url)
+        if len(_clients) >= _MOST_CLIENTS:
+            _clients.clear()
+        # Of several threads all take what the first has made: what comes of a client ends with it.
+        found = _clients.setdefault(url, tried(redis.Redis.from_url(plain, **credentials)))
+    return found
+
+
+_clients: dict[str, redis.Redis] = {}
+_MOST_CLIENTS: Final = 256
 
 
 def tried(client: redis.Redis) -> redis.Redis:

@@ -85,8 +85,8 @@ class _Where:
         self._connection = connection
         self._values = values
         self._prefix = prefix
-        self._found: rq.Queue | None = None
-        self._client: redis.Redis | None = None
+        #: Of several threads that are the first to ask, all take what one of them made: what comes of it ends with it.
+        self._made: dict[str, Any] = {}
 
     @property
     def queue(self) -> rq.Queue:
@@ -95,24 +95,24 @@ class _Where:
         Raises:
             ConfigurationError: no connection is named.
         """
-        if self._found is None:
+        found: rq.Queue | None = self._made.get("queue")
+        if found is None:
             given = self._given
             if callable(given):
-                self._found = given()
+                given = given()
             elif isinstance(given, str):
-                self._found = rq.Queue(given, connection=self._queue_connection(given))
-            else:
-                self._found = given
-        return self._found
+                given = rq.Queue(given, connection=self._queue_connection(given))
+            found = self._made.setdefault("queue", given)
+        return found
 
     @property
     def store(self) -> Store:
         """What keeps the values."""
-        client = self._client
+        client: redis.Redis | None = self._made.get("client")
         if client is None:
             given = self._values
             named = client_of(given, "redis of memolocked_job") if given else client_in_environment()
-            client = self._client = named or self.queue.connection
+            client = self._made.setdefault("client", named or self.queue.connection)
         return store_of(client, self._prefix)
 
     def _queue_connection(self, name: str) -> redis.Redis:

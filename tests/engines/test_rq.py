@@ -8,7 +8,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,27 @@ def test_each_worker_class(jobs: Any, start: Start, key: str, flags: tuple[str, 
     assert jobs.later.get_cached(key) == f"{key} later"
     assert jobs.slow.get_cached(key, 2.0) == key
     assert rq_jobs.ran(jobs, f"slow {key}") == 1
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_first_use_by_many_threads(server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
+    """Threads that ask at once before all others have one connection, and one listener, in common."""
+    connect, barrier = redis.Redis.from_url, threading.Barrier(4)
+    url = f"{server.url}?client_name={prefix}"
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return connect(*args, **options)
+
+    def found(_: int) -> Any:
+        barrier.wait(10)
+        return job.memo._engine.store
+
+    monkeypatch.setattr(redis.Redis, "from_url", slowly)
+    queue = prefix if named else lambda: rq.Queue(prefix, connection=slowly(url))
+    job = memolocked_job(queue, connection=url, ttl=5)(rq_jobs.child_of)
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(found, range(4)))) == 1
 
 
 def test_retries_keep_the_flight(jobs: Any, start: Start, key: str) -> None:
