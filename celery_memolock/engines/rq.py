@@ -95,25 +95,24 @@ class _Where:
         Raises:
             ConfigurationError: no connection is named.
         """
-        found: rq.Queue | None = self._made.get("queue")
-        if found is None:
+        if "queue" not in self._made:
             given = self._given
             if callable(given):
                 given = given()
             elif isinstance(given, str):
                 given = rq.Queue(given, connection=self._queue_connection(given))
-            found = self._made.setdefault("queue", given)
+            self._made.setdefault("queue", given)
+        found: rq.Queue = self._made["queue"]
         return found
 
     @property
     def store(self) -> Store:
         """What keeps the values."""
-        client: redis.Redis | None = self._made.get("client")
-        if client is None:
+        if "client" not in self._made:
             given = self._values
             named = client_of(given, "redis of memolocked_job") if given else client_in_environment()
-            client = self._made.setdefault("client", named or self.queue.connection)
-        return store_of(client, self._prefix)
+            self._made.setdefault("client", named or self.queue.connection)
+        return store_of(self._made["client"], self._prefix)
 
     def _queue_connection(self, name: str) -> redis.Redis:
         if self._connection:
