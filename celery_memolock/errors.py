@@ -20,6 +20,7 @@ __all__ = [
     "TaskFailed",
     "ValueTooLarge",
     "WaitTimeout",
+    "described",
     "text_of",
 ]
 
@@ -158,3 +159,8 @@ def text_of(error: BaseException) -> str:
         return str.__str__(str(error))  # plain text, of whatever subclass it is
     except BaseException:  # whatever that was, it is not what ended the run; `traceback` does the same
         return f"<unprintable {type(error).__name__}>"
+
+
+def described(error: BaseException) -> str:
+    """Return an exception's type and text, whatever its class does."""
+    return f"{type(error).__name__}: {text_of(error)}"

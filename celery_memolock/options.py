@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import timedelta
 from typing import Any, Literal
 
-from .errors import OptionError, text_of
+from .errors import OptionError, described
 
 __all__ = [
     "CALLER_OPTIONS",
@@ -451,8 +451,8 @@ def _asked(name: str, function: Callable[[Any], Any], value: Any) -> Any:
     try:
         return function(value)
     except Exception as error:
-        kind, why = type(value).__qualname__, f"{type(error).__name__}: {text_of(error)}"
-        raise OptionError(f"memolock option {name}: its function failed for a {kind}: {why}") from error
+        kind = type(value).__qualname__
+        raise OptionError(f"memolock option {name}: its function failed for a {kind}: {described(error)}") from error
 
 
 def _known(given: Iterable[str], allowed: Iterable[str]) -> None:

@@ -76,7 +76,7 @@ from .errors import (
     StoreUnavailable,
     ValueTooLarge,
     WaitTimeout,
-    text_of,
+    described,
 )
 from .keys import Keys, TagKeys, pattern
 from .options import Options, Progress
@@ -653,10 +653,8 @@ def _dispatch(
         raise
     if inline:
         return own  # type: ignore[no-any-return]
-    try:
-        yield Confirm(call.keys, fence, call.options.queue_timeout)
-    except StoreUnavailable:
-        pass  # the message is out, and the worker's claim does without
+    # The message is out, and the worker's claim does without.
+    yield from _unless_away(Confirm(call.keys, fence, call.options.queue_timeout))
     return None
 
 
@@ -672,10 +670,7 @@ def _acquired(call: Call, acquire: Acquire) -> Core[Done | Waiting | Won]:
 
 
 def _withdraw(call: Call, acquire: Acquire) -> Core[None]:
-    try:
-        yield Withdraw(call.keys, acquire.nonce, call.park)
-    except StoreUnavailable:
-        pass  # what it won goes with its lease
+    yield from _unless_away(Withdraw(call.keys, acquire.nonce, call.park))  # else what it won goes with its lease
 
 
 def _acquire(
@@ -810,7 +805,7 @@ def compute(
         yield from _unless_away(Requeue(ticket.keys, run, retries, 0.0))
         raise
     except BaseException as error:  # such as gevent's Timeout, in a function among the options
-        text = f"what task {call.task!r} came to could not be settled: {type(error).__name__}: {text_of(error)}"
+        text = f"what task {call.task!r} came to could not be settled: {described(error)}"
         yield from _unless_away(_settlement(call, ticket, run, Raised(FlightFailed(text)))[0])
         raise
     try:
@@ -886,8 +881,7 @@ def _settlement(
         except (EncodeError, OptionError, ValueTooLarge) as unstorable:
             error = refused = unstorable
         except Exception as trouble:  # such as an etag that is no UTF-8
-            why = f"{type(trouble).__name__}: {text_of(trouble)}"
-            error = refused = EncodeError(f"the value of task {call.task!r} cannot be stored: {why}")
+            error = refused = EncodeError(f"the value of task {call.task!r} cannot be stored: {described(trouble)}")
             error.__cause__ = trouble
     else:
         error = outcome.error
@@ -896,7 +890,7 @@ def _settlement(
 
 
 def _unless_away(effect: Script) -> Core[None]:
-    """Say something last, if the server hears it: else others take over when the lease has passed."""
+    """Say something that others do without, if the server hears it: at the latest they take over with the lease."""
     try:
         yield effect
     except StoreUnavailable:

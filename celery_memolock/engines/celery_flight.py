@@ -27,7 +27,7 @@ from ..aio import InThreads
 from ..bounded import TooSlow, within
 from ..codec import pack_error
 from ..effects import Defer, Disown, Finished, GoesOn, Interrupted, Raised, Returned, Ticket
-from ..errors import ArgumentError, DispatchError, FlightFailed, MemoLockError, StoreUnavailable, text_of
+from ..errors import ArgumentError, DispatchError, FlightFailed, MemoLockError, StoreUnavailable, described
 from ..flight import Flight, grounded
 from ..keys import is_of_task
 from ..memo import computes
@@ -303,18 +303,7 @@ _WITHIN: Final = "memolock_within"
 def _run_with_flights(task: Any, run: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run)
     def fly(*args: Any, **kwargs: Any) -> Any:
-        request = message_of(task)
-        match getattr(request, _WITHIN, None):
-            case "__call__":
-                setattr(request, _WITHIN, "run")
-                try:
-                    return run(*args, **kwargs)
-                finally:
-                    setattr(request, _WITHIN, "__call__")
-            case "run":  # a plain call of this task from inside its own run must not be the flight again
-                with grounded():
-                    return run(*args, **kwargs)
-        return _fly(task, request, "run", functools.partial(run, *args, **kwargs))
+        return _enter(task, "run", functools.partial(run, *args, **kwargs))
 
     return fly
 
@@ -338,17 +327,26 @@ class _CallWithFlights:
 
 
 def _call_with_flights(task: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return _enter(task, "__call__", functools.partial(call, *args, **kwargs))
+
+
+def _enter(task: Any, part: str, body: Callable[[], Any]) -> Any:
+    """Run a part of a task: the outermost for its message, or one within that."""
     request = message_of(task)
-    match getattr(request, _WITHIN, None):
-        case "__call__":  # by another class's
-            return call(*args, **kwargs)
-        case "run":
-            with grounded():
-                return call(*args, **kwargs)
-    return _fly(task, request, "__call__", functools.partial(call, *args, **kwargs))
+    within = getattr(request, _WITHIN, None)
+    if within is None:
+        return _fly(task, request, part, body)
+    if within == "run":  # a plain call of this task from inside its own run must not be the flight again
+        with grounded():
+            return body()
+    setattr(request, _WITHIN, part)  # in a class's `__call__`, which calls another's, or the run
+    try:
+        return body()
+    finally:
+        setattr(request, _WITHIN, within)
 
 
-def _fly(task: Any, request: Any, within: str, body: Callable[[], Any]) -> Any:
+def _fly(task: Any, request: Any, part: str, body: Callable[[], Any]) -> Any:
     """Run what Celery called for a message."""
     header = header_in(getattr(request, "__dict__", None))
     ticket = None if header is None or is_refresh(header) else read_ticket(header)
@@ -356,7 +354,7 @@ def _fly(task: Any, request: Any, within: str, body: Callable[[], Any]) -> Any:
     if header is None or foreign or not _is_of_message(header, request.id):
         with grounded():
             return body()
-    setattr(request, _WITHIN, within)
+    setattr(request, _WITHIN, part)
     if is_refresh(header):
         return run_refresh(task.memo, header, request.args, request.kwargs)
     if ticket is None:
@@ -494,7 +492,7 @@ def _comes_back(left: BaseException | None, task: Any) -> bool:
 
 def _without_value(task: Any, left: BaseException) -> FlightFailed:
     """Return what those hear who wait for a run that ended by something else than an error."""
-    text = f"task {task.name!r} ended without a value: {type(left).__name__}: {text_of(left)}"
+    text = f"task {task.name!r} ended without a value: {described(left)}"
     if isinstance(left, Reject) and vars(left)["requeue"] and not task.acks_late:
         text += " (a message that was acknowledged early cannot be requeued: set acks_late=True)"
     failed = FlightFailed(text)
@@ -542,8 +540,8 @@ def _on_end(sender: Any, state: str | None = None, retval: Any = None, **_: Any)
         return  # the main process tells why, or the lease decides
     else:
         error = _without_value(sender, left)
-    why = f"{type(error).__name__}: {text_of(error)}"
-    logger.warning("memolock tells those who wait for key %s that its flight came to nothing: %s", ticket.keys.tag, why)
+    tag, why = ticket.keys.tag, described(error)
+    logger.warning("memolock tells those who wait for key %s that its flight came to nothing: %s", tag, why)
     tell_failure(sender, ticket, message.holder if message else "", error)
 
 
@@ -586,7 +584,7 @@ def _on_unknown(sender: Any, message: Any, name: str, **_: Any) -> None:
 
 def _on_rejected(sender: Any, message: Any, exc: BaseException | None = None, **_: Any) -> None:
     """A worker may not read the message, such as one in a serializer that it does not accept."""
-    why = "" if exc is None else f": {type(exc).__name__}: {text_of(exc)}"
+    why = "" if exc is None else f": {described(exc)}"
     _tell_of_message(sender, message, f"worker {sender.hostname} refused the message{why}")
 
 

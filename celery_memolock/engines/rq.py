@@ -32,6 +32,7 @@ from ..errors import (
     MemoLockError,
     OptionError,
     StoreUnavailable,
+    described,
     text_of,
 )
 from ..flight import Flight, grounded
@@ -321,7 +322,7 @@ class _JobRun:
             return Raised(error)
         except BaseException as error:
             self._left_by = error
-            return Raised(FlightFailed(f"{self._engine._path} ended by {type(error).__name__}: {text_of(error)}"))
+            return Raised(FlightFailed(f"{self._engine._path} ended by {described(error)}"))
 
     def _retry(self, work: Work, retry: rq.Retry) -> Outcome:
         """The function returned RQ's `Retry`."""

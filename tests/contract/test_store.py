@@ -205,7 +205,7 @@ def test_heartbeat(store: Store, keys: Keys) -> None:
     won = acquire(store, keys)
     run = claim(store, keys, won.fence, Options(ttl=60, lease=1))
     store.hold(Hold(keys, run, 1.0, 60.0))
-    for _ in range(75):
+    for _ in range(100):
         assert isinstance(acquire(store, keys), Waiting)
         threading.Event().wait(0.02)
     store.release(run)

@@ -12,6 +12,7 @@ from typing import Any
 import redis
 
 from celery_memolock import MISS, MemoLock, current_flight, memolocked_task
+from tests.odd_errors import Askew, Coded
 
 #: What all tasks have in common, so that faults heal while a test waits.
 COMMON: dict[str, Any] = {"ttl": 60, "lease": 1.0, "poll_interval": 0.5}
@@ -23,18 +24,6 @@ class Sold(Exception):
     """An exception of the application's own."""
 
 
-class Untold(Exception):
-    """One that has no arguments."""
-
-    args = None  # type: ignore[assignment]
-
-    def __init__(self, code: str) -> None:
-        self.code = code
-
-    def __str__(self) -> str:
-        return f"code {self.code}"
-
-
 class Silent(Exception):
     """One that has no text."""
 
@@ -42,14 +31,6 @@ class Silent(Exception):
         raise ValueError("no text")
 
     __repr__ = __str__
-
-
-class Askew(SyntaxError):
-    """One of which `traceback` makes nothing."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.filename, self.lineno, self.offset, self.text = 3, "x", "k", 5  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -68,7 +49,7 @@ class Stock:
 
 
 #: What the runs of `odd` raise.
-ODD: dict[str, type[Exception]] = {"arguments": Untold, "text": Silent, "line": Askew, "frozen": Frozen}
+ODD: dict[str, type[Exception]] = {"arguments": Coded, "text": Silent, "line": Askew, "frozen": Frozen}
 
 
 @dataclass

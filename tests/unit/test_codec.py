@@ -17,6 +17,7 @@ from celery_memolock import DecodeError, EncodeError, RemoteTraceback, TaskFaile
 from celery_memolock.codec import Codec, Entry, Packed, pack_error, unpack_error
 from celery_memolock.errors import text_of
 from celery_memolock.options import Options
+from tests.odd_errors import Askew, Coded
 
 
 class Custom(Exception):
@@ -45,32 +46,12 @@ class Silent(Exception):
         raise ValueError
 
 
-class Coded(Exception):
-    """An exception to which `args` means something else."""
-
-    args = None  # type: ignore[assignment]
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-
-    def __str__(self) -> str:
-        return f"code {self.code}"
-
-
 @dataclasses.dataclass(frozen=True)
 class Command(Exception):
     """An exception with a field that hides the arguments, and that takes no attribute later."""
 
     name: str
     args: list[str] | None = None  # type: ignore[assignment]
-
-
-class Askew(SyntaxError):
-    """An exception of which `traceback` makes nothing."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.filename, self.lineno, self.offset, self.text = 3, "x", "k", 5  # type: ignore[assignment]
 
 
 class Loud(str):

@@ -225,7 +225,7 @@ def test_broker_silent_when_the_time_is_over(server: Server, prefix: str, key: s
             with fault(link):
                 waiters = [in_background(made.stock.with_options(wait_timeout=0.5).get_cached, key) for _ in range(5)]
                 for waiter in waiters:
-                    with pytest.raises(WaitTimeout, match=r"QUEUED for \d\.\d s \(it waits for a worker\)|0\.5 s$"):
+                    with pytest.raises(WaitTimeout, match=r"QUEUED for \d\.\d s \(it waits for a worker\)"):
                         waiter.result(20)
         key += " again"
 
