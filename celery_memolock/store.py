@@ -374,7 +374,7 @@ def _client_at(url: str) -> redis.Redis:
     if found is None:
         plain, credentials = _plain_url(url)
         if len(_clients) >= _MOST_CLIENTS:
-            _clients.clear()
+            _clients.pop(next(iter(list(_clients))), None)
         # Of several threads all take what the first has made: what comes of a client ends with it.
         found = _clients.setdefault(url, tried(redis.Redis.from_url(plain, **credentials)))
     return found

@@ -283,6 +283,14 @@ def _on_publish(sender: Any, body: Any, headers: dict[str, Any], properties: dic
 # ---- running ---------------------------------------------------------------------------------------------------
 
 
+def _on_start(sender: Any, **_: Any) -> None:
+    """Bind a ticket that came by no message to the run that has it, before a hook may hand its headers on."""
+    request = sender.request
+    header = header_in(vars(request))
+    if isinstance(header, dict) and "fence" in header:
+        header.setdefault("id", request.id)
+
+
 def with_flights(task: Any) -> None:
     """Make a flight of whatever a task runs for a message with a ticket.
 
@@ -312,8 +320,8 @@ class _CallWithFlights:
     """A class's own `__call__`, of whatever kind that is."""
 
     def __init__(self, call: Any) -> None:
+        functools.update_wrapper(self, call, updated=())  # what it looks like, and not what it has
         self._call = call
-        functools.update_wrapper(self, call)
 
     def __get__(self, task: Any, cls: Any = None) -> Any:
         if task is None:
@@ -321,12 +329,12 @@ class _CallWithFlights:
         call = self._call.__get__(task, cls) if hasattr(self._call, "__get__") else self._call
         return functools.partial(_call_with_flights, task, call)
 
-    def __call__(self, task: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, task: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call it as who takes it from the class does, to put more around it."""
         return self.__get__(task, type(task))(*args, **kwargs)
 
 
-def _call_with_flights(task: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _call_with_flights(task: Any, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     return _enter(task, "__call__", functools.partial(call, *args, **kwargs))
 
 
@@ -359,7 +367,6 @@ def _fly(task: Any, request: Any, part: str, body: Callable[[], Any]) -> Any:
         return run_refresh(task.memo, header, request.args, request.kwargs)
     if ticket is None:
         raise Ignore("memolock drops a message whose ticket it cannot read")
-    header["id"] = request.id  # should the run hand its headers on, where no message was published for it
     here = _run_here.get()
     if here is not None and here[0] == request.id and here[1] is not None:
         here[1]()
@@ -600,6 +607,7 @@ def _tell_of_message(consumer: Any, message: Any, text: str) -> None:
 
 
 signals.before_task_publish.connect(_on_publish, weak=False, dispatch_uid="celery_memolock.publish")
+signals.task_prerun.connect(_on_start, weak=False, dispatch_uid="celery_memolock.start")
 signals.task_postrun.connect(_on_end, weak=False, dispatch_uid="celery_memolock.end")
 signals.task_unknown.connect(_on_unknown, weak=False, dispatch_uid="celery_memolock.unknown")
 signals.task_rejected.connect(_on_rejected, weak=False, dispatch_uid="celery_memolock.rejected")

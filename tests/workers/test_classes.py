@@ -368,7 +368,46 @@ class Wrapping(Calling):
         return ["wrapped", super().__call__(*args, **kwargs)]
 
 
-CALLED: dict[type[Any], Any] = {Static: [1, 1], OfClass: [2, 1], ByObject: [1, 1], Wrapping: ["wrapped", [1, 0]]}
+class Decorator:
+    """Is a decorator, with an attribute that others may have, too."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else functools.partial(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return ["decorated", self._call(*args, **kwargs)]
+
+
+class Decorated(Task):
+    """Has a `__call__` below a decorator that is an object."""
+
+    abstract = True
+
+    @Decorator
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+
+CALLED: dict[type[Any], Any] = {
+    Static: [1, 1],
+    OfClass: [2, 1],
+    ByObject: [1, 1],
+    Wrapping: ["wrapped", [1, 0]],
+    Decorated: ["decorated", [1, 0]],
+}
+
+
+class SendingBefore(Task):
+    """Sends itself with the headers of its message, before its run."""
+
+    abstract = True
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        if args[0]:
+            self.apply_async((0,), headers=self.request.headers)
 
 
 class Quiet(Task):
@@ -644,9 +683,9 @@ def test_sent_by_other_means(tasks: dict[str, Any]) -> None:
         tasks["Once plain"].with_options(wait_timeout=0.3).get_cached(1)
 
 
-@pytest.mark.parametrize("base", [OwnId, AskingLater])
+@pytest.mark.parametrize("base", [OwnId, AskingLater, SendingBefore])
 def test_eager(server: Server, base: type[Any]) -> None:
-    """In eager mode, too, a class may name its runs, and ask for its own value once that is there."""
+    """In eager mode, too, a class may name its runs, send others, and ask for its own value once that is there."""
     app = Celery("eager classes", broker=server.url, set_as_current=False)
     app.conf.update(task_always_eager=True, memolock_prefix=uuid.uuid4().hex, memolock_wait_timeout=10)
     runs: list[int] = []
@@ -658,7 +697,22 @@ def test_eager(server: Server, base: type[Any]) -> None:
 
     AskingLater.found.clear()
     assert eager.get_cached(7) == 7
-    assert (runs, AskingLater.found) == ([7], [7] if base is AskingLater else [])
+    assert runs == ([0, 7] if base is SendingBefore else [7])
+    assert AskingLater.found == ([7] if base is AskingLater else [])
+
+
+@pytest.mark.parametrize("base", [Plain, Calling])
+def test_names_of_parameters(server: Server, base: type[Any]) -> None:
+    """A task's parameters may have any name."""
+    app = Celery("named", broker=server.url, set_as_current=False)
+    app.conf.update(task_always_eager=True, memolock_prefix=uuid.uuid4().hex)
+
+    @memolocked_task(app=app, ttl=60, base=base, name="named")
+    def named(task: int, call: int, run: int, request: int, body: int) -> list[int]:
+        return [task, call, run, request, body]
+
+    numbers = {"task": 1, "call": 2, "run": 3, "request": 4, "body": 5}
+    assert named(**numbers) == named.get_cached(**numbers) == type(named).__call__(named, **numbers) == [1, 2, 3, 4, 5]
 
 
 def test_sends_nothing(tasks: dict[str, Any]) -> None:
